@@ -1,17 +1,17 @@
 // Attention of prompts on Hopper: softmax(scale q k^T) v over the paged cache, as `triton_prefill` has it.
 //
-// The pipeline is that of FlashAttention-3 (Shah et al. 2024). One warpgroup loads tiles of KEYS keys and values, two
+// The pipeline is that of FlashAttention-3 (Shah et al. 2024). One warpgroup loads tiles of KEYS keys and values, others
 // multiply, 64 rows each. A row is a query of one head; those of the heads that share keys stand together. Scores of the
-// next tile are computed while a tile's values are still summed, and the two warpgroups take turns: one keeps the tensor
-// cores busy while the other one exponentiates. Blocks stay, and claim work after work: what the next one needs is loaded
-// before the last one's results are written.
+// next tile are computed while a tile's values are still summed, and one warpgroup keeps the tensor cores busy while
+// another one exponentiates. Blocks stay, and claim work after work: the next one's first scores are computed while the
+// last one's results are written.
 //
 // Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
 // a warp copies row by row, swizzled as the accelerator would.
 //
-// hopper_prefill.py puts in front, besides hopper.cu: HEAD_DIM, KEYS, STAGES, IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks),
-// HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and
-// PV_TYPE, PV_D, PV_OPERANDS, PV_SUMS.
+// hopper_prefill.py puts in front, besides hopper.cu: HEAD_DIM, WARPGROUPS (that multiply), QUERY_BUFFERS, KEYS, STAGES,
+// IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks), HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the
+// instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and PV_TYPE, PV_D, PV_OPERANDS, PV_SUMS.
 
 typedef unsigned short u16;
 typedef long long i64;
@@ -28,11 +28,11 @@ struct Args {
 };
 
 constexpr int ROWS = 64;              // of a warpgroup
-constexpr int BLOCK_ROWS = 2 * ROWS;  // queries x heads
+constexpr int BLOCK_ROWS = WARPGROUPS * ROWS;  // queries x heads
 constexpr int SLABS = HEAD_DIM / 64;  // of 64 columns: 128 bytes, the width of the swizzle
 constexpr int Q_BYTES = ROWS * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2;
 constexpr int RUNS = KEYS / 64;       // of 32 rows, which a loading warp copies of a tile
-constexpr bool HAS_TURNS = HEAD_DIM < 256;  // products of wider heads leave less to be gained
+constexpr bool HAS_TURNS = HEAD_DIM == 128;  // narrower and wider heads are faster without
 constexpr int PITCH = 144;  // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
 constexpr int STAGING_BYTES = 16 * PITCH;
 constexpr int CACHE_BYTES = 40 << 20;  // of keys and values, which an L2 cache of 50 MB keeps beside what else passes
@@ -47,8 +47,12 @@ constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, i
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
-__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 216 : 160));
+}
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 72 : 32));
+}
 __device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int head, int slot, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -66,12 +70,14 @@ template <int NUM>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(NUM) : "memory");
 }
-__device__ __forceinline__ void sync_warpgroup(int half) { asm volatile("bar.sync %0, 128;" ::"r"(3 + half) : "memory"); }
-__device__ __forceinline__ void take_turn(int half) {
-  if (HAS_TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + half) : "memory");
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + WARPGROUPS + warpgroup) : "memory");
 }
-__device__ __forceinline__ void give_turn(int half) {
-  if (HAS_TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + half) : "memory");
+__device__ __forceinline__ void take_turn(int warpgroup) {
+  if (HAS_TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+}
+__device__ __forceinline__ void give_turn(int warpgroup) {
+  if (HAS_TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + warpgroup) : "memory");
 }
 // Not to be read or changed any earlier.
 template <int N>
@@ -159,8 +165,31 @@ struct Request {
   int end;  // of its tiles among all requests'
 };
 
+struct Plan;
+
+// The rows of a tile of one KV head, and the tiles of keys that they see, or a part of these.
+struct Work {
+  Request request;
+  int number, part, num_parts, head, first_row, begin, end;
+  int is_there;
+
+  // Find the one whose number `claim` returns, or one of its next numbers if that is no part of anything.
+  template <class Claim>
+  __device__ void find(const Args& args, const Plan& plan, Claim claim) {
+    do {
+      is_there = find_tile(args, plan, claim());
+    } while (is_there && part >= num_parts);
+  }
+  __device__ bool find_tile(const Args& args, const Plan& plan, int claimed);
+  __device__ int query(int row, int group) const { return min(row / group, request.q_len - 1); }
+  __device__ int position(int row, int group) const { return request.seq_len - request.q_len + query(row, group); }
+  __device__ static int first_seen(int position, int window) {
+    return WINDOW == 0 ? 0 : WINDOW == 2 ? position / window * window : max(position - window + 1, 0);
+  }
+};
+
 struct Plan {
-  int claimed[2];  // see `Claims`
+  Work claimed[2];  // see `Claims`
   int num_tiles, heads_abreast;
   Request requests[MAX_REQUESTS];
 };
@@ -208,76 +237,68 @@ __device__ __forceinline__ void make_plan(const Args& args, Plan& plan) {
   plan.num_tiles = before, plan.heads_abreast = abreast;
 }
 
-// The rows of a tile of one KV head, and the tiles of keys that they see, or a part of these.
-struct Work {
-  Request request;
-  int number, part, num_parts, head, first_row, begin, end;
+// The last tiles of a prompt see the most: they come first, so that they do not end last.
+__device__ __forceinline__ bool Work::find_tile(const Args& args, const Plan& plan, int claimed) {
+  int num_tiles = plan.num_tiles, abreast = plan.heads_abreast;
+  if (claimed >= num_tiles * args.num_kv_heads * args.num_parts) return false;
+  part = claimed % args.num_parts, number = claimed / args.num_parts;
+  int rest = number % (num_tiles * abreast);
+  head = number / (num_tiles * abreast) * abreast + rest % abreast;
+  int tile = num_tiles - 1 - rest / abreast, low = 0, high = args.num_requests - 1;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (plan.requests[middle].end <= tile)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  request = plan.requests[low];
+  first_row = (tile - (low ? plan.requests[low - 1].end : 0)) * BLOCK_ROWS;
+  end = (position(first_row + BLOCK_ROWS - 1, args.group) + KEYS) / KEYS;
+  begin = first_seen(position(first_row, args.group), args.window) / KEYS;
+  const int num = end - begin;
+  num_parts = max(min(args.num_parts, num / LEAST_PART), 1);
+  end = begin + (part + 1) * num / num_parts;
+  begin += part * num / num_parts;
+  return true;
+}
 
-  // Find the one that `claim` says. Return whether there is one.
-  template <class Claim>
-  __device__ bool find(const Args& args, const Plan& plan, Claim claim) {
-    do {
-      if (!find_tile(args, plan, claim())) return false;
-    } while (part >= num_parts);
-    return true;
-  }
-  // The last tiles of a prompt see the most: they come first, so that they do not end last.
-  __device__ bool find_tile(const Args& args, const Plan& plan, int claimed) {
-    int num_tiles = plan.num_tiles, abreast = plan.heads_abreast;
-    if (claimed >= num_tiles * args.num_kv_heads * args.num_parts) return false;
-    part = claimed % args.num_parts, number = claimed / args.num_parts;
-    int rest = number % (num_tiles * abreast);
-    head = number / (num_tiles * abreast) * abreast + rest % abreast;
-    int tile = num_tiles - 1 - rest / abreast, low = 0, high = args.num_requests - 1;
-    while (low < high) {
-      int middle = (low + high) / 2;
-      if (plan.requests[middle].end <= tile)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    request = plan.requests[low];
-    first_row = (tile - (low ? plan.requests[low - 1].end : 0)) * BLOCK_ROWS;
-    end = (position(first_row + BLOCK_ROWS - 1, args.group) + KEYS) / KEYS;
-    begin = first_seen(position(first_row, args.group), args.window) / KEYS;
-    const int num = end - begin;
-    num_parts = max(min(args.num_parts, num / LEAST_PART), 1);
-    end = begin + (part + 1) * num / num_parts;
-    begin += part * num / num_parts;
-    return true;
-  }
-  __device__ int query(int row, int group) const { return min(row / group, request.q_len - 1); }
-  __device__ int position(int row, int group) const { return request.seq_len - request.q_len + query(row, group); }
-  __device__ static int first_seen(int position, int window) {
-    return WINDOW == 0 ? 0 : WINDOW == 2 ? position / window * window : max(position - window + 1, 0);
-  }
-};
-
-// Numbers of works, which one warp claims for its block, always the next one that no block has, and all others read.
+// Works, of which one warp claims for its block always the next one that no block has, and all others read.
 struct Claims {
-  volatile int* numbers;
+  Plan& plan;
   u32 full, empty;
-  int count = 0;  // that this warp has had
-  __device__ Claims(Plan& plan, u32 barriers) : numbers(plan.claimed), full(barriers), empty(barriers + 16) {}
-  __device__ int slot() const { return count & 1; }
-  __device__ int make(const Args& args) {
-    if (++count == 1) return blockIdx.x;
-    int number = 0;
-    if (threadIdx.x == 0) {
-      number = gridDim.x + atomicAdd(args.counters, 1);
-      wait(empty + 8 * slot(), count / 2 & 1);
-      numbers[slot()] = number;
-      arrive(full + 8 * slot());
-    }
-    return __shfl_sync(ALL, number, 0);
+  int count = 0;  // of works that this warp has had
+  int number;     // of the next one, that the first lane has asked for
+  bool has_number = true;
+  __device__ Claims(Plan& plan, u32 barriers) : plan(plan), full(barriers), empty(barriers + 16), number(blockIdx.x) {}
+  // The answer takes a while. But whoever asks too early takes from blocks that are free before.
+  __device__ void ask(const Args& args) {
+    if (threadIdx.x == 0) number = gridDim.x + atomicAdd(args.counters, 1);
+    has_number = true;
   }
-  __device__ int read() {
-    if (++count == 1) return blockIdx.x;
-    wait(full + 8 * slot(), (count / 2 & 1) ^ 1);
-    int number = numbers[slot()];
+  __device__ bool make(const Args& args, Work& work) {
+    work.find(args, plan, [&] {
+      if (!has_number) ask(args);
+      has_number = false;
+      return __shfl_sync(ALL, number, 0);
+    });
+    const int slot = count % 2;
+    if (threadIdx.x == 0) {
+      wait(empty + 8 * slot, (count / 2 & 1) ^ 1);
+      plan.claimed[slot] = work;
+      arrive(full + 8 * slot);
+    }
+    count++;
+    return work.is_there;
+  }
+  __device__ bool read(Work& work) {
+    const int slot = count % 2;
+    wait(full + 8 * slot, count / 2 & 1);
+    work = plan.claimed[slot];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(empty + 8 * slot());
-    return number;
+    if (threadIdx.x % 32 == 0) arrive(empty + 8 * slot);
+    count++;
+    return work.is_there;
   }
 };
 // Leave counters as they were. One thread of each block does, once it has claimed its last work.
@@ -287,12 +308,12 @@ __device__ __forceinline__ void end_claims(const Args& args) {
 }
 
 // Copy the queries of a warpgroup's rows; zeros past the last one.
-__device__ __forceinline__ void copy_queries(const Args& args, const Work& work, int half, u32 to) {
+__device__ __forceinline__ void copy_queries(const Args& args, const Work& work, int warpgroup, u32 to) {
   constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes
   int thread = threadIdx.x % 128;
 #pragma unroll 4
   for (int i = 0; i < ROWS * PIECES / 128; i++) {
-    int piece = thread % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + half * ROWS + row;
+    int piece = thread % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + warpgroup * ROWS + row;
     int query = at / args.group, head = work.head * args.group + at % args.group;
     bool is_row = query < work.request.q_len;
     const u16* from = args.q;
@@ -303,9 +324,10 @@ __device__ __forceinline__ void copy_queries(const Args& args, const Work& work,
 }
 
 // Copy the rows `slot` of each lane, from a head's first column on, to the 32 rows of a tile from `first` on. Addresses
-// come many at a time: one by one, each would wait for what it is made of.
+// come as many at a time as registers hold: one by one, each would wait for what it is made of.
 __device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot, int first, u32 tile) {
   constexpr int PIECES = HEAD_DIM / 8, AT_ONCE = 32 / PIECES, COPIES = 32 / AT_ONCE, PERIOD = 8 / AT_ONCE;
+  constexpr int MANY = WARPGROUPS == 2 ? 8 : 2;
   const int lane = threadIdx.x % 32, piece = lane % PIECES, mine = lane / PIECES;
   const char* column = (const char*)(from + 8 * piece);
   const u32 row_bytes = 2 * stride;
@@ -316,15 +338,15 @@ __device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot,
     to[i] = tile + piece / 8 * (KEYS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
   }
 #pragma unroll
-  for (int i = 0; i < COPIES; i += 8) {
-    const char* rows[8];
+  for (int i = 0; i < COPIES; i += MANY) {
+    const char* rows[MANY];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < MANY; j++) {
       const u32 slot_of_row = __shfl_sync(ALL, slot, (i + j) * AT_ONCE + mine);
       rows[j] = column + (u64)slot_of_row * row_bytes;
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) copy(to[(i + j) % PERIOD] + (i + j) / PERIOD * 1024, rows[j], true);
+    for (int j = 0; j < MANY; j++) copy(to[(i + j) % PERIOD] + (i + j) / PERIOD * 1024, rows[j], true);
   }
 }
 
@@ -440,12 +462,13 @@ struct Softmax {
 
 constexpr int PART_VALUES = HEAD_DIM / 2 + 4;  // of a thread: its sums, m and l
 
-__device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int half, int part) {
-  return args.partial + ((i64)(work.number * args.num_parts + part) * 2 + half) * (PART_VALUES * 128) + threadIdx.x % 128;
+__device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int warpgroup, int part) {
+  const i64 number = (i64)(work.number * args.num_parts + part) * WARPGROUPS + warpgroup;
+  return args.partial + number * (PART_VALUES * 128) + threadIdx.x % 128;
 }
-__device__ __forceinline__ void write_part(const Args& args, const Work& work, int half, const float (&o)[HEAD_DIM / 2],
-                                           const Softmax& softmax) {
-  float* to = place_of_part(args, work, half, work.part);
+__device__ __forceinline__ void write_part(const Args& args, const Work& work, int warpgroup,
+                                           const float (&o)[HEAD_DIM / 2], const Softmax& softmax) {
+  float* to = place_of_part(args, work, warpgroup, work.part);
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; i++) __stcg(to + 128 * i, o[i]);
 #pragma unroll
@@ -455,27 +478,27 @@ __device__ __forceinline__ void write_part(const Args& args, const Work& work, i
   }
 }
 // Return whether this warpgroup is the last one to have written a part of its rows.
-__device__ __forceinline__ bool is_last_part(const Args& args, const Work& work, int half, volatile int* told) {
+__device__ __forceinline__ bool is_last_part(const Args& args, const Work& work, int warpgroup, volatile int* told) {
   __threadfence();
-  sync_warpgroup(half);
+  sync_warpgroup(warpgroup);
   if (threadIdx.x % 128 == 0) {
-    int* arrivals = args.counters + 2 + work.number * 2 + half;
+    int* arrivals = args.counters + 2 + work.number * WARPGROUPS + warpgroup;
     const bool is_last = atomicAdd(arrivals, 1) == work.num_parts - 1;
     if (is_last) *arrivals = 0;
     __threadfence();
     *told = is_last;
   }
-  sync_warpgroup(half);
+  sync_warpgroup(warpgroup);
   const bool is_last = *told;
-  sync_warpgroup(half);  // before anything else is written there
+  sync_warpgroup(warpgroup);  // before anything else is written there
   return is_last;
 }
 // Add up all parts in their order, so that the result does not depend on which one came last.
-__device__ __forceinline__ void merge_parts(const Args& args, const Work& work, int half, float (&o)[HEAD_DIM / 2],
+__device__ __forceinline__ void merge_parts(const Args& args, const Work& work, int warpgroup, float (&o)[HEAD_DIM / 2],
                                             Softmax& softmax) {
   softmax = Softmax();
   for (int part = 0; part < work.num_parts; part++) {
-    const float* from = place_of_part(args, work, half, part);
+    const float* from = place_of_part(args, work, warpgroup, part);
     float weight[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -492,20 +515,20 @@ __device__ __forceinline__ void merge_parts(const Args& args, const Work& work, 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     hopper_prefill(const __grid_constant__ Args args, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const u32 queries = shared_address(shared), keys = queries + 2 * Q_BYTES, values = keys + STAGES * KV_BYTES;
-  const u32 staging = values + STAGES * KV_BYTES, barriers = staging + 8 * STAGING_BYTES;
-  const u32 claim_barriers = barriers + 32 * STAGES;
+  const u32 queries = shared_address(shared), keys = queries + QUERY_BUFFERS * WARPGROUPS * Q_BYTES;
+  const u32 values = keys + STAGES * KV_BYTES, staging = values + STAGES * KV_BYTES;
+  const u32 barriers = staging + 4 * WARPGROUPS * STAGING_BYTES, claim_barriers = barriers + 32 * STAGES;
   Plan& plan = *(Plan*)(shared + (claim_barriers - queries) + 32);
 
   let_next_begin();
   if (threadIdx.x < 32) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 4 * STAGES; i++) init_barrier(barriers + 8 * i, i / STAGES % 2 ? 8 : KEYS / 32);
-      for (int i = 0; i < 4; i++) init_barrier(claim_barriers + 8 * i, i < 2 ? 1 : 11);
+      for (int i = 0; i < 4 * STAGES; i++) init_barrier(barriers + 8 * i, i / STAGES % 2 ? 4 * WARPGROUPS : KEYS / 32);
+      for (int i = 0; i < 4; i++) init_barrier(claim_barriers + 8 * i, i < 2 ? 1 : 3 + 4 * WARPGROUPS);
       barriers_are_ready();
     }
     __syncwarp();
@@ -523,22 +546,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                      Ring(has_values ? values : keys, has_values ? barriers + 16 * STAGES : barriers, 1), has_values,
                      (int)threadIdx.x % 32, warp % 2 * (KEYS / 2)};
     Claims claims(plan, claim_barriers);
-    while (work.find(args, plan, [&] { return warp ? claims.read() : claims.make(args); })) {
+    while (warp ? claims.read(work) : claims.make(args, work)) {
       int slots[RUNS], next_slots[RUNS];
       loader.find_slots(work, work.end - 1, next_slots);
       for (int tile = work.end - 1; tile >= work.begin; tile--) {
 #pragma unroll
         for (int i = 0; i < RUNS; i++) slots[i] = next_slots[i];
-        if (tile > work.begin) loader.find_slots(work, tile - 1, next_slots);
+        if (tile > work.begin)
+          loader.find_slots(work, tile - 1, next_slots);
+        else if (warp == 0)
+          claims.ask(args);
         loader.load_half(work.head, slots);
       }
     }
     if (threadIdx.x == 0) end_claims(args);
   } else {
     take_registers();
-    const int half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const u32 my_queries = queries + half * Q_BYTES, my_staging = staging + (4 * half + warp) * STAGING_BYTES;
-    const u64 q = descriptor(my_queries);
+    const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u32 my_staging = staging + (4 * warpgroup + warp) * STAGING_BYTES;
     Ring k(keys, barriers, 0), v(values, barriers + 16 * STAGES, 0);
     auto free = [&](Ring& ring) {
       if (lane == 0) arrive(ring.is_empty());
@@ -547,11 +572,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const float scale = HAS_SOFTCAP ? 1.0f : args.scale;
     float s[KEYS / 2], o[HEAD_DIM / 2];
     u32 p[KEYS / 4];
+    int buffer = 0;  // of queries
+    auto my_queries = [&] { return queries + (WARPGROUPS * buffer + warpgroup) * Q_BYTES; };
     auto start_scores = [&] {
-      const u64 tile = descriptor(k.tile());
+      const u64 q = descriptor(my_queries()), tile = descriptor(k.tile());
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 16; i++)
-        multiply_keys(s, q + (i / 4 * (ROWS * 128) + i % 4 * 32 >> 4), tile + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4), i > 0);
+        multiply_keys(s, q + (i / 4 * (ROWS * 128) + i % 4 * 32 >> 4), tile + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4),
+                      i > 0);
       commit_products();
     };
     auto start_sums = [&](bool add) {
@@ -566,21 +594,45 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < KEYS / 4; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
     };
 
-    if (half == 1) give_turn(0);
+    // The next work's queries are copied, and its first scores started, while this one's last tile is dealt with.
     Claims claims(plan, claim_barriers);
-    auto claim = [&] { return claims.read(); };
-    bool is_work = work.find(args, plan, claim);
-    if (is_work) copy_queries(args, work, half, my_queries);
-    while (is_work) {
-      const int row = work.first_row + half * ROWS + warp * 16;  // of the warp's first one
+    Work next;
+    auto fetch_next = [&] {
+      claims.read(next);
+      if (QUERY_BUFFERS > 1)
+        buffer ^= 1;
+      else
+        sync_warpgroup(warpgroup);  // all have multiplied their queries
+      if (next.is_there) copy_queries(args, next, warpgroup, my_queries());
+    };
+    // Where there is no next one, of anything: the compiler wants to see products started that are waited for.
+    auto start_next = [&] {
+      if (next.is_there) {
+        wait_for_copies<0>();
+        sync_warpgroup(warpgroup);
+        wait(k.is_full(), k.parity);
+        take_turn(warpgroup);
+      }
+      begin_products();
+      start_scores();
+      if (next.is_there) give_turn((warpgroup + 1) % WARPGROUPS);
+    };
+
+    if (warpgroup == WARPGROUPS - 1) give_turn(0);
+    fetch_next();
+    start_next();
+    while (next.is_there) {
+      work = next;
+      const int row = work.first_row + warpgroup * ROWS + warp * 16;  // of the warp's first one
       int last[2], first[2];  // tokens that a thread's two rows see
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         last[h] = work.position(row + lane / 4 + 8 * h, args.group);
         first[h] = Work::first_seen(last[h], args.window);
       }
-      const int all_last = work.position(work.first_row + half * ROWS, args.group);
-      const int all_first = Work::first_seen(work.position(work.first_row + half * ROWS + ROWS - 1, args.group), args.window);
+      const int top = work.first_row + warpgroup * ROWS;
+      const int all_last = work.position(top, args.group);
+      const int all_first = Work::first_seen(work.position(top + ROWS - 1, args.group), args.window);
       auto mask = [&](int tile) {
         if (HAS_SOFTCAP) cap(s, args);
         if ((tile + 1) * KEYS <= all_last + 1 && (WINDOW == 0 || tile * KEYS >= all_first)) return;
@@ -592,16 +644,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       };
       Softmax softmax;
 
-      wait_for_copies<0>();
-      sync_warpgroup(half);
-      wait(k.is_full(), k.parity);
-      take_turn(half);
-      begin_products();
-      start_scores();
-      give_turn(1 - half);
       wait_for_products<0>();
       keep(s);
       free(k);
+      if (work.begin == work.end - 1) fetch_next();
       mask(work.end - 1);
       softmax.weigh(s, scale);
       pack_weights();
@@ -609,15 +655,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       for (int tile = work.end - 2; tile >= work.begin; tile--) {
         wait(v.is_full(), v.parity);
         wait(k.is_full(), k.parity);
-        take_turn(half);
+        take_turn(warpgroup);
         begin_products();
         start_scores();
         start_sums(add);
-        give_turn(1 - half);
+        give_turn((warpgroup + 1) % WARPGROUPS);
         add = true;
         wait_for_products<1>();
         keep(s);
         free(k);
+        if (tile == work.begin) fetch_next();
         mask(tile);
         const bool grows = softmax.weigh(s, scale);
         keep(s);
@@ -635,27 +682,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       wait(v.is_full(), v.parity);
       begin_products();
       start_sums(add);
-      Work done = work;
-      sync_warpgroup(half);  // all have multiplied their queries
-      is_work = work.find(args, plan, claim);
-      if (is_work) copy_queries(args, work, half, my_queries);
-
       softmax.finish();
-      wait_for_products<0>();
+      start_next();
+      wait_for_products<1>();
       keep(o);
       keep(p);
       free(v);
-      if (done.num_parts > 1) {
-        write_part(args, done, half, o, softmax);
-        if (!is_last_part(args, done, half, (volatile int*)(shared + (my_staging - warp * STAGING_BYTES - queries)))) continue;
-        merge_parts(args, done, half, o, softmax);
+      if (work.num_parts > 1) {
+        write_part(args, work, warpgroup, o, softmax);
+        volatile int* told = (volatile int*)(shared + (my_staging - warp * STAGING_BYTES - queries));
+        if (!is_last_part(args, work, warpgroup, told)) continue;
+        merge_parts(args, work, warpgroup, o, softmax);
       }
       float factor[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         factor[h] = 1.0f / softmax.l[h];
         if (HAS_SINKS) {
-          const int head = done.head * args.group + (row + lane / 4 + 8 * h) % args.group;
+          const int head = work.head * args.group + (row + lane / 4 + 8 * h) % args.group;
           const float sink = IS_SINK_FLOAT ? ((const float*)args.sinks)[head] : unpack(((const u16*)args.sinks)[head]);
           factor[h] *= inverse(1.0f + power_of_2(sink * LOG2_E - softmax.m[h] - log_of_2(softmax.l[h])));
         }
@@ -664,9 +708,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       bool is_row[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int at = row + i * 4 + lane / 8, query = at / args.group, head = done.head * args.group + at % args.group;
-        is_row[i] = query < done.request.q_len;
-        to[i] = args.out + (i64)(done.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
+        const int at = row + i * 4 + lane / 8, query = at / args.group, head = work.head * args.group + at % args.group;
+        is_row[i] = query < work.request.q_len;
+        to[i] = args.out + (i64)(work.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
       }
 #pragma unroll
       for (int slab = 0; slab < SLABS; slab++) {
@@ -689,5 +733,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
       }
     }
+    wait_for_products<0>();
   }
 }

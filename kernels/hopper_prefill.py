@@ -20,17 +20,18 @@ from kernels.quantized_kernel import Kernel
 from kernels.triton_softmax import arrival_counters
 
 LOG2_E = 1.4426950408889634
-BLOCK_ROWS = 128  # queries x heads of a KV head
-NUM_THREADS = 384
+ROWS = 64  # queries x heads of a KV head that a warpgroup multiplies
 STAGES = 2
 KEYS = {64: 128, 128: 128, 256: 64}  # head size -> keys of a tile
+WARPGROUPS = {64: 3, 128: 2, 256: 2}  # head size -> those that multiply, as many as there are registers for
+QUERY_BUFFERS = {64: 2, 128: 2, 256: 1}  # head size -> how many works' queries there is room for
+STAGING_BYTES = 16 * 144
 RUN_SLOTS = 32  # that are copied together where they follow each other
 MAX_REQUESTS = 256  # which a block lists in its shared memory
-STAGING_BYTES = 8 * 16 * 144
 REQUEST_BYTES = 20
-CLAIM_BYTES = 48
+CLAIM_BYTES = 32 + 2 * 52 + 8  # barriers, works, sizes
 MAX_PARTS = 16
-LEAST_WINDOW = 1024
+LEAST_WINDOW = {64: 1024, 128: 256, 256: 512}  # head size -> from where it is faster than `triton_prefill`
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,17 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        tiles = 2 * self.head_dim * (BLOCK_ROWS + 2 * STAGES * KEYS[self.head_dim])
-        return tiles + STAGING_BYTES + 32 * STAGES + CLAIM_BYTES + REQUEST_BYTES * MAX_REQUESTS
+        rows = QUERY_BUFFERS[self.head_dim] * self.block_rows + 2 * STAGES * KEYS[self.head_dim]
+        staging = self.block_rows // 16 * STAGING_BYTES
+        return 2 * self.head_dim * rows + staging + 32 * STAGES + CLAIM_BYTES + REQUEST_BYTES * MAX_REQUESTS
+
+    @property
+    def block_rows(self) -> int:
+        return WARPGROUPS[self.head_dim] * ROWS
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (1 + WARPGROUPS[self.head_dim])
 
 
 class Args(ctypes.Structure):
@@ -87,7 +97,7 @@ def can_prefill(
         and q.dtype == k_cache.dtype == v_cache.dtype in (torch.bfloat16, torch.float16)
         and v_cache.shape == k_cache.shape
         and len(batch.rows) - batch.num_decodes <= MAX_REQUESTS
-        and not 0 <= window < LEAST_WINDOW
+        and not 0 <= window < LEAST_WINDOW[q.shape[2]]
         and batch.seen_until is None
         and slopes is None
         and (sinks is None or sinks.dtype in (torch.float32, q.dtype))
@@ -118,18 +128,6 @@ def prefill(
 
     num_parts: into how many parts contexts are cut at most; the last block to have attended to a part merges them.
     """
-    num_kv_heads = k_cache.shape[1]
-    group = q.shape[1] // num_kv_heads
-    first = batch.num_decodes
-    num_requests = len(batch.rows) - first
-    most_tiles = (q.shape[0] - first) * group // BLOCK_ROWS + num_requests
-    if num_parts is None:
-        num_expected = cdiv((q.shape[0] - first) * group, BLOCK_ROWS) * num_kv_heads
-        num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
-    partial, num_works = None, most_tiles * num_kv_heads
-    if num_parts > 1:
-        partial = torch.empty(num_works * num_parts * (q.shape[2] // 2 + 4) * 256, dtype=torch.float32, device=q.device)
-    counters = arrival_counters(q.device, 2 + (2 * num_works if num_parts > 1 else 0))
     variant = Variant(
         q.shape[2],
         q.dtype,
@@ -137,6 +135,20 @@ def prefill(
         softcap > 0,
         None if sinks is None else sinks.dtype,
     )
+    num_kv_heads = k_cache.shape[1]
+    group = q.shape[1] // num_kv_heads
+    first = batch.num_decodes
+    num_requests = len(batch.rows) - first
+    num_rows, block_rows = (q.shape[0] - first) * group, variant.block_rows
+    if num_parts is None:
+        num_expected = cdiv(num_rows, block_rows) * num_kv_heads
+        num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
+    partial, num_works = None, (num_rows // block_rows + num_requests) * num_kv_heads
+    if num_parts > 1:
+        num_sums = num_works * num_parts * 2 * block_rows * (q.shape[2] // 2 + 4)
+        partial = torch.empty(num_sums, dtype=torch.float32, device=q.device)
+    num_arrivals = WARPGROUPS[variant.head_dim] * num_works if num_parts > 1 else 0
+    counters = arrival_counters(q.device, 2 + num_arrivals)
     if only_compiles():
         compile_ahead(_kernel, variant, q.device)
         return
@@ -163,7 +175,7 @@ def choose_num_parts(num_works: int, num_places: int) -> int:
 def _kernel(variant: Variant, device: torch.device) -> Kernel:
     with torch.cuda.device(device):
         cubin = compile_source("hopper_prefill", source(variant), ARCHITECTURE)
-        return Kernel("hopper_prefill", cubin, NUM_THREADS, device)
+        return Kernel("hopper_prefill", cubin, variant.num_threads, device)
 
 
 def source(variant: Variant) -> str:
@@ -174,6 +186,8 @@ def source(variant: Variant) -> str:
     defines = {
         "HEAD_DIM": variant.head_dim,
         "KEYS": keys,
+        "WARPGROUPS": WARPGROUPS[variant.head_dim],
+        "QUERY_BUFFERS": QUERY_BUFFERS[variant.head_dim],
         "STAGES": STAGES,
         "MAX_REQUESTS": MAX_REQUESTS,
         "IS_HALF": int(is_half),

@@ -16,6 +16,7 @@ from kernels.attention import attention_torch
 from kernels.card import HOPPER_SHARED_BYTES
 from kernels.hopper_prefill import (
     KEYS,
+    LEAST_WINDOW,
     MAX_REQUESTS,
     RUN_SLOTS,
     Variant,
@@ -87,10 +88,12 @@ def test_it_leaves_what_it_cannot_do_to_triton(hopper: Any) -> None:
     assert not can_prefill(q, k, v, batch)
 
 
-def test_it_leaves_narrow_windows_to_triton(hopper: Any) -> None:
+@pytest.mark.parametrize("head_dim", KEYS)
+def test_it_leaves_narrow_windows_to_triton(hopper: Any, head_dim: int) -> None:
     batch = bench.attention.make_batch([(2, 4)], seed=0, device="cpu")
-    assert can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch, window=1024)
-    assert not can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch, window=128)
+    least = LEAST_WINDOW[head_dim]
+    assert can_prefill(*make_inputs(batch, 1, 1, head_dim, BF16), batch, window=least)
+    assert not can_prefill(*make_inputs(batch, 1, 1, head_dim, BF16), batch, window=least - 1)
 
 
 def test_it_leaves_more_prompts_than_a_block_lists_to_triton(hopper: Any) -> None:
@@ -109,7 +112,9 @@ def test_a_cpu_has_other_kernels() -> None:
 
 @pytest.mark.parametrize("head_dim", KEYS)
 def test_a_block_fits_into_a_multiprocessor(head_dim: int) -> None:
-    assert Variant(head_dim, BF16).shared_bytes <= HOPPER_SHARED_BYTES
+    variant = Variant(head_dim, BF16)
+    assert variant.shared_bytes <= HOPPER_SHARED_BYTES
+    assert variant.num_threads <= 512, "128 registers of each, or loaders have none to leave"
     assert KEYS[head_dim] % (2 * RUN_SLOTS) == 0, "two warps load a tile, in whole runs of slots"
 
 
