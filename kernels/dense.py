@@ -183,7 +183,8 @@ def _gated(
     """Return act(gate) * up of [gate, up] = x W^T + bias, in `out` if given."""
     kernel = _kernel_for_few(x, weight)
     fused = kernel if out is None else None
-    is_few = fused is not None and weight.numel() <= SMALL_WEIGHT  # of large ones `gated_gemm` is as near to the limit
+    # For several tokens of a large weight `gated_gemm` is as near to the limit.
+    is_few = fused is not None and (len(x) == 1 or weight.numel() <= SMALL_WEIGHT)
     if bias is None and not is_few and can_gated_gemm(x, weight, act):
         return gated_gemm(x, weight, act, out=out)
     if fused is not None:

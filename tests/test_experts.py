@@ -24,7 +24,7 @@ from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.layers.moe import Router, StackedLinear
+from engine.layers.moe import MoE, Router, StackedLinear
 from engine.models.registry import build_model, load_config
 from kernels.dense import DenseWeight
 from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
@@ -571,6 +571,22 @@ def test_sinks_are_split_over_ranks_as_heads_are(make_tiny_model: MakeTinyModel)
     whole = sinks(Communicator())
     assert len(whole) == 4
     assert torch.equal(torch.cat([sinks(Communicator(rank, 2)) for rank in range(2)]), whole)
+
+
+@torch.inference_mode()
+def test_shared_experts_are_added_to_the_residual_itself_where_that_is_allowed(make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES["glm-4.5"]
+    folder = make_tiny_model(getattr(transformers, name), "glm-4.5", random_norms=True, **options)
+    moe = next(layer for layer in unique_layers(packed(TinyEngine(folder)).model) if isinstance(layer, MoE))
+    x, residual = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    before = residual.clone()
+    down: Any = moe.down_proj
+    expected = down(moe(x), residual=residual)
+    assert torch.equal(residual, before)
+    torch.testing.assert_close(down(moe(x), residual=residual, may_overwrite=True), expected)
+    assert not torch.equal(residual, before), "no copy of it is made"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -215,14 +215,19 @@ class Down:
         routed: Routed,
         *,
         residual: torch.Tensor | None = None,
-        may_overwrite: bool = False,  # noqa: ARG002 - the sum is a new tensor
+        may_overwrite: bool = False,
     ) -> torch.Tensor:
-        """Return residual + the weighted sums of this rank's experts, and of the shared ones: [T, hidden]."""
+        """Return residual + the weighted sums of this rank's experts, and of the shared ones: [T, hidden].
+
+        may_overwrite: the shared ones' may be added to `residual` itself; the sum is a new tensor.
+        """
         moe = self._moe
         pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert, has_bias=self._has_bias)
         if routed.shared is not None:
             assert moe.shared_experts is not None
-            residual = moe.shared_experts.down_proj.weight.product(routed.shared, residual=residual)
+            residual = moe.shared_experts.down_proj.weight.product(
+                routed.shared, residual=residual, may_overwrite=may_overwrite
+            )
         return combine(pairs, routed.weights, residual, has_gaps=moe.gate.held is not None)
 
     def __call__(self, routed: Routed, **fused: Any) -> torch.Tensor:
