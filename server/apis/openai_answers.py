@@ -160,9 +160,10 @@ class OpenAIAnswer(Answer):
     def ending(self, reason: FinishReason | None) -> JSON:
         return {"finish_reason": reason and reason.type, "matched_stop": reason and reason.matched}
 
-    def token_name(self, token_id: int) -> str:
-        """Return the name of a token in log-probabilities."""
-        return f"token_id:{token_id}" if self.envelope.names_tokens_by_id else self.tokenizer.token_text(token_id)
+    @property
+    def token_name(self) -> Callable[[int], str]:
+        """The function that names a token in log-probabilities."""
+        return "token_id:{}".format if self.envelope.names_tokens_by_id else self.tokenizer.token_text
 
     def _event(self, **fields: Any) -> bytes:
         """Return an event of this choice, `fields` beside its index."""
@@ -302,7 +303,7 @@ class CompletionAnswer(OpenAIAnswer):
         for _, token_id in logprobs.token:
             offsets.append(self._offset)
             self._offset += len(text_of(token_id))
-        top = [self._alternatives(row, entry) for entry, row in zip(logprobs.token, logprobs.top, strict=False)]
+        top = [_alternatives(row, entry, name) for entry, row in zip(logprobs.token, logprobs.top, strict=False)]
         return {
             "tokens": [name(token_id) for _, token_id in logprobs.token],
             "token_logprobs": [_finite(logprob) for logprob, _ in logprobs.token],
@@ -316,14 +317,18 @@ class CompletionAnswer(OpenAIAnswer):
     def _prompt_logprobs(self) -> JSON | None:
         return self.spell_logprobs(self.state.input_logprobs) if self.is_echo else None
 
-    def _alternatives(self, row: list[TokenLogprob] | None, chosen: TokenLogprob) -> dict[str, float | None] | None:
-        """Return the most likely tokens by name, the chosen one included. Of tokens with one name, the likelier."""
-        if row is None:
-            return None
-        likely: dict[str, float | None] = {}
-        for logprob, token_id in [*row, chosen]:
-            likely.setdefault(self.token_name(token_id), _finite(logprob))
-        return likely
+
+def _alternatives(
+    row: list[TokenLogprob] | None, chosen: TokenLogprob, name: Callable[[int], str]
+) -> dict[str, float | None] | None:
+    """Return the most likely tokens by name, the chosen one included. Of tokens with one name, the likelier."""
+    if row is None:
+        return None
+    likely: dict[str, float | None] = {}
+    for logprob, token_id in row if chosen in row else [*row, chosen]:
+        if (text := name(token_id)) not in likely:
+            likely[text] = _finite(logprob)
+    return likely
 
 
 def spell_tokens(logprobs: Logprobs, tokenizer: TokenizerFacade, name: Callable[[int], str]) -> list[JSON]:
