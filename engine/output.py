@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_COST = 16  # deltas per call of `deliver`: with the writes to their sockets, about 0.15 ms of the loop
 COST_OF_END = 8  # cost of ending a request, in deltas: a handler wakes and ends its response
 READ_INTERVAL = 32  # steps in which each answer that is sent whole is read once
+READ_LOGPROBS = 8  # tokens of a whole answer whose log-probabilities are read at once: some 25 us
 
 
 class OutputProcessor:
@@ -155,6 +156,8 @@ class OutputProcessor:
         delta = state.unsent
         # Without text, the tokens are half a character, or the beginning of a possible stop string.
         if delta is None or not state.stream:
+            if delta is not None and delta.logprobs is not None:
+                _read_logprobs(state, delta, delta.logprobs)
             return
         if not (delta.text or delta.logprobs is not None or state.text_stream is None):
             return
@@ -225,6 +228,13 @@ def give(state: RequestState, delta: Delta) -> None:
         sink(delta)
     except Exception:
         logger.exception("the receiver of request %s failed", state.rid)
+
+
+def _read_logprobs(state: RequestState, delta: Delta, logprobs: Logprobs) -> None:
+    """Have a whole answer's log-probabilities read ahead of its end, when many answers may end at once."""
+    if state.read_logprobs is not None and len(logprobs.token) >= READ_LOGPROBS:
+        delta.logprobs = Logprobs()
+        state.read_logprobs(logprobs)
 
 
 def take_logprobs(values: SampledLogprobs, samples: np.ndarray, outcome: Outcome) -> None:

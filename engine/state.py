@@ -136,6 +136,7 @@ class RequestState:
     text_stream: "TextStream | None" = None  # made when submitted; None again if it failed
     new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
     unsent: Delta | None = None  # what the sink has not been given of all before them
+    read_logprobs: Callable[[Logprobs], None] | None = None  # takes those of a whole answer that are there already
     has_begun: bool = False  # the sink has been given something
     is_pending: bool = False  # it waits for its turn to be given something
     times: RequestTimes = field(default_factory=lambda: RequestTimes(arrived=time.perf_counter()))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from engine.request import SamplingParams
-from engine.state import Delta, FinishReason, RequestState
+from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer
-from server.apis.openai_answers import ChatAnswer, Envelope
+from server.apis.openai_answers import ChatAnswer, CompletionAnswer, Envelope
 from server.http.live import Options, make_requests
 from server.http.sse import COMMENT, EventStream
 from server.reading.chat import ChatTurn
@@ -263,3 +263,38 @@ async def test_a_token_of_plain_text_enters_three_functions_and_makes_one_write(
         sys.setprofile(None)
     assert entered == ["sink", "text", "write"]
     assert len(connection.written) == 1
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_log_probabilities_read_as_they_come_are_what_they_are_at_the_end(is_chat: bool) -> None:
+    turn = ChatTurn("Hi", [1], SamplingParams(), Options(return_logprob=True, top_logprobs_num=2), None)
+
+    def whole(parts: list[Logprobs]) -> Any:
+        [request] = make_requests(["r"], turn.input_ids, turn.params, turn.options)
+        state, envelope = RequestState(request), Envelope("r", "m", "o", "c")
+        answer: ChatAnswer | CompletionAnswer
+        if is_chat:
+            answer = ChatAnswer(0, state, envelope, FakeTokenizer(), turn=turn)
+        else:
+            answer = CompletionAnswer(0, state, envelope, FakeTokenizer(), is_echo=False, num_logprobs=2)
+        *early, last = parts
+        read = answer.reader_of_logprobs()
+        assert read is not None
+        for part in early:
+            read(part)
+        return answer.read_whole(Delta(state, "Hello", list(b"Hello"), FinishReason("length"), last))["logprobs"]
+
+    def some(tokens: bytes) -> Logprobs:
+        return Logprobs([(-0.1, token) for token in tokens], [[(-0.1, token), (-2.0, 65)] for token in tokens])
+
+    at_once = whole([some(b"Hello")])
+    assert at_once == whole([some(b"He"), some(b"l"), some(b"lo")]) == whole([some(b"Hello"), Logprobs()])
+    tokens = [entry["token"] for entry in at_once["content"]] if is_chat else at_once["tokens"]
+    assert tokens == list("Hello")
+
+
+def test_what_is_echoed_is_spelled_at_the_end_since_its_offsets_come_first() -> None:
+    [request] = make_requests(["r"], [1], SamplingParams(), Options(return_logprob=True))
+    state, envelope = RequestState(request), Envelope("r", "m", "o", "c")
+    answer = CompletionAnswer(0, state, envelope, FakeTokenizer(), is_echo=True, num_logprobs=2)
+    assert answer.reader_of_logprobs() is None

@@ -23,12 +23,12 @@ from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong
 from engine.local import LocalEngine
 from engine.new_engine import new_engine
-from engine.output import READ_INTERVAL
+from engine.output import READ_INTERVAL, READ_LOGPROBS
 from engine.replicas.replica import REPORT_S
 from engine.replicas.replica_set import ReplicaSet
 from engine.request import Request, SamplingParams
 from engine.schedule.plan import Plan
-from engine.state import Delta, RequestState
+from engine.state import Delta, Logprobs, RequestState
 from engine.step.model_runner import Step
 from engine.text.tokenizer import Tokenizer
 from kernels.flashinfer_attention import is_available
@@ -362,6 +362,26 @@ async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts:
                 assert top is not None and [t for _, t in top] == row.topk(3).indices.tolist()
                 assert ids is not None and [t for _, t in ids] == [4, 9]
                 assert [value for value, _ in ids] == pytest.approx(row[[4, 9]].tolist(), abs=1e-4)
+
+
+async def test_log_probabilities_of_a_whole_answer_may_be_read_as_they_come(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        (at_end,), _ = await collect(engine, make_state([5, 6, 7], max_new_tokens=20, return_logprob=True))
+        state, early = make_state([5, 6, 7], max_new_tokens=20, return_logprob=True), Logprobs()
+        sizes = []
+
+        def read(some: Logprobs) -> None:
+            sizes.append(len(some.token))
+            early.token += some.token
+
+        state.read_logprobs = read
+        (delta,), tokens = await collect(engine, state)
+        assert at_end.logprobs is not None and delta.logprobs is not None
+        assert sizes and min(sizes) >= READ_LOGPROBS
+        assert [token for _, token in early.token + delta.logprobs.token] == tokens
+        assert [p for p, _ in early.token + delta.logprobs.token] == pytest.approx(
+            [p for p, _ in at_end.logprobs.token], abs=1e-5
+        )
 
 
 async def test_log_probabilities_of_a_long_prompt_are_made_of_few_logits_at_a_time(

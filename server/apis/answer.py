@@ -81,6 +81,13 @@ class Answer(ABC):
     def whole(self, delta: Delta) -> Any:
         """Return the JSON of an answer that is not streamed, from its only delta."""
 
+    def reader_of_logprobs(self) -> Callable[[Logprobs], None] | None:
+        """Return what is to be called with log-probabilities as they come, if the answer is not streamed.
+
+        The last delta then has those since its last call. None: it has all.
+        """
+        return None
+
     # ---- from deltas to these ----
 
     def sink(self, delta: Delta) -> None:
@@ -193,7 +200,13 @@ async def respond(
     """
     states = [answer.state for answer in answers]
     if not states[0].stream:
-        deltas = await live.answers(owner, rid, states)
+        for answer in answers:
+            answer.state.read_logprobs = answer.reader_of_logprobs()
+        try:
+            deltas = await live.answers(owner, rid, states)
+        finally:
+            for state in states:
+                state.read_logprobs = None  # else a cycle, like a sink that is the answer's
 
         def write() -> web.Response:
             return json_response(

@@ -88,6 +88,7 @@ class OpenAIAnswer(Answer):
         self.envelope, self.tokenizer = envelope, tokenizer
         self._has_usage = envelope.has_continuous_usage
         self._head = self._end = b""  # of an event whose choice gains text, around the text
+        self._logprobs: Any = None  # spelled ahead of the end, of a whole answer
 
     @property
     def num_reasoning_tokens(self) -> int | None:
@@ -120,7 +121,17 @@ class OpenAIAnswer(Answer):
     def choice(self, delta: Delta) -> JSON:
         """Return the choice of an answer that is not streamed."""
 
+    def all_logprobs(self, delta: Delta) -> Any:
+        """Return a whole answer's log-probabilities, of which `delta` has those that have not been read yet."""
+        return _join(self._logprobs, self.spell_logprobs(delta.logprobs))
+
     # ---- for Answer ----
+
+    def reader_of_logprobs(self) -> Callable[[Logprobs], None] | None:
+        return self._read_logprobs
+
+    def _read_logprobs(self, logprobs: Logprobs) -> None:
+        self._logprobs = _join(self._logprobs, self.spell_logprobs(logprobs))
 
     def begin(self) -> bytes:
         choice = {"index": self.index, **self.piece(MARK), "finish_reason": None}
@@ -243,8 +254,7 @@ class ChatAnswer(OpenAIAnswer):
             message |= {"content": parts.text or (None if parts.tool_calls else ""), **_reasoning_fields(parts)}
             if parts.tool_calls:
                 message["tool_calls"] = self._calls.whole(parts.tool_calls)
-        logprobs = self.spell_logprobs(delta.logprobs)
-        return {"message": message, "logprobs": logprobs, **self.ending(delta.finish_reason)}
+        return {"message": message, "logprobs": self.all_logprobs(delta), **self.ending(delta.finish_reason)}
 
     def spell_logprobs(self, logprobs: Logprobs | None) -> JSON | None:
         if logprobs is None:
@@ -291,7 +301,7 @@ class CompletionAnswer(OpenAIAnswer):
     def choice(self, delta: Delta) -> JSON:
         return {
             "text": self._prompt_text() + delta.text,
-            "logprobs": _join(self._prompt_logprobs(), self.spell_logprobs(delta.logprobs)),
+            "logprobs": self.all_logprobs(delta),
             **self.ending(delta.finish_reason),
         }
 
@@ -310,6 +320,12 @@ class CompletionAnswer(OpenAIAnswer):
             "top_logprobs": top if self.num_logprobs else None,
             "text_offset": offsets,
         }
+
+    def reader_of_logprobs(self) -> Callable[[Logprobs], None] | None:
+        return None if self.is_echo else super().reader_of_logprobs()  # the prompt's are spelled first
+
+    def all_logprobs(self, delta: Delta) -> Any:
+        return _join(self._prompt_logprobs(), super().all_logprobs(delta))
 
     def _prompt_text(self) -> str:
         return self.tokenizer.decode(self.state.request.input_ids, skip_special_tokens=False) if self.is_echo else ""
