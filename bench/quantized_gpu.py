@@ -149,7 +149,7 @@ def configs_of(bench: Bench, index: int) -> tuple[Configs[Any], Key, list[Any]]:
     product, weight, num_tokens = bench.products[index], bench.layers[0][index], bench.num_tokens
     n, k, is_gated = product.num_rows, product.k, int(product.act is not None)
     kernel = weight._kernel(bench.inputs[k], product.act)
-    if kernel == weight._few:
+    if kernel == weight.few:
         token_tiles = token_tiles_of(num_tokens)
         few = [FewConfig(*c) for c in (FEW if token_tiles else ONE)]
         if not token_tiles:

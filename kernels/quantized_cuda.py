@@ -20,6 +20,7 @@ from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
+from kernels.tuning import WeightShape
 from kernels.weights import Norm, Weight
 
 # Where another kernel takes over, by the time of a layer of Llama-3-8B on an H200. `quantized_few` is the fastest up to
@@ -121,6 +122,9 @@ class CudaQuantizedWeight(Weight):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
 
+    def tuning_shape(self, **fused: Any) -> WeightShape:
+        return WeightShape(self.n, self.k, **fused, max_tokens=1, kind=self.kind)
+
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name, tensor in list(self.tensors()):
             setattr(self, name, function(tensor))
@@ -133,11 +137,11 @@ class CudaQuantizedWeight(Weight):
         num_tokens = len(x)
         if not num_tokens or x.dtype != self.dtype or x.dtype.itemsize != 2:
             return None
-        many = self._more if fits_many(self.kind, self.n, act, x.device) else None
+        many = self.many if fits_many(self.kind, self.n, act, x.device) else None
         most_few, most_many = self._limits(x.device, has_many=many is not None)
         may_be_few = num_tokens <= most_few and (act is None or self.n % (2 * TILE) == 0)
         if may_be_few and can_multiply_few(x.device) and fits_few(self.kind, self.n, num_tokens, self.k, x.device):
-            return self._few
+            return self.few
         return many if num_tokens <= most_many else None
 
     def _limits(self, device: torch.device, *, has_many: bool) -> tuple[int, int]:
@@ -154,7 +158,7 @@ class CudaQuantizedWeight(Weight):
             return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
         return MAX_TOKENS, 0
 
-    def _few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    def few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         self._prepare(x.device)
         x_scale = self.input_scale
         if len(x) == 1 and norm is not None and norm.is_rms:
@@ -167,7 +171,7 @@ class CudaQuantizedWeight(Weight):
             self.kind, x, self.codes, self.parameters, self.scale, self.n, x_scale=x_scale, bias=bias, **options
         )
 
-    def _more(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    def many(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         self._prepare(x.device)
         if self.form.inputs is not None:
             dtype = self.kind.input_dtype if self.kind.is_tiled else self.codes.dtype

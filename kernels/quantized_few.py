@@ -181,6 +181,12 @@ def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: to
     return config
 
 
+def fits_config(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: torch.device) -> bool:
+    """Return whether a product can be cut so on a device."""
+    has_parts = config.split * config.warps_k <= k // CHUNK
+    return has_parts and _fitting(config, kind, token_tiles, k, device) == config
+
+
 def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device) -> None:
     """Compile all kernels that products with a weight may take, at once."""
     configs = {

@@ -79,7 +79,8 @@ def tasks_of(
     experts: Sequence[ExpertShape] = (),
 ) -> list[Task]:
     """Return what can be tuned for a model, each shape once, in the order of what single requests gain."""
-    largest_first = sorted(dict.fromkeys(weights), key=lambda shape: -shape.num_rows * shape.k)
+    dense = [shape for shape in dict.fromkeys(weights) if shape.kind is None]
+    largest_first = sorted(dense, key=lambda shape: -shape.num_rows * shape.k)
     heads = [shape for shape in dict.fromkeys(attention) if isinstance(shape, AttentionShape)]
     latents = [shape for shape in dict.fromkeys(attention) if isinstance(shape, LatentShape)]
     tasks = [gemv_task(shape, dtype, device) for shape in largest_first]
@@ -162,13 +163,14 @@ def _product_inputs(
     x = torch.randn(num_tokens, shape.k, device=device).to(dtype)
     num_columns = shape.num_rows // 2 if shape.act else shape.num_rows
     residual = torch.zeros(num_tokens, num_columns, dtype=dtype, device=device) if shape.has_residual else None
-    num_copies = _num_copies(shape.num_rows * shape.k * dtype.itemsize)
-    weights = torch.empty(num_copies, shape.num_rows, shape.k, dtype=dtype, device=device)
+    copies = num_copies(shape.num_rows * shape.k * dtype.itemsize)
+    weights = torch.empty(copies, shape.num_rows, shape.k, dtype=dtype, device=device)
     weights.normal_(0, shape.k**-0.5)
-    return x, residual, list(weights) * cdiv(MIN_LAUNCHES, num_copies)
+    return x, residual, list(weights) * cdiv(MIN_LAUNCHES, copies)
 
 
-def _num_copies(num_bytes: int) -> int:
+def num_copies(num_bytes: int) -> int:
+    """Return how many weights of so many bytes the L2 cache does not hold together."""
     return min(MAX_COPIES, cdiv(ROTATION_BYTES, num_bytes))
 
 
@@ -252,7 +254,7 @@ def _attention_launches(
     q = torch.randn(int(batch.q_lens_host.sum()), shape.num_heads, shape.head_dim, device=device).to(dtype)
     out, scale = torch.empty_like(q), shape.head_dim**-0.5
     layer_shape = (2, num_slots, shape.num_kv_heads, shape.head_dim)
-    num_layers = _num_copies(math.prod(layer_shape) * shape.kv_dtype.itemsize)
+    num_layers = num_copies(math.prod(layer_shape) * shape.kv_dtype.itemsize)
     cache = torch.empty(num_layers, *layer_shape, dtype=dtype, device=device).normal_().to(shape.kv_dtype)
 
     def launch(layer: torch.Tensor, config: Any) -> None:
@@ -315,7 +317,7 @@ def latent_task(form: str, shape: LatentShape, limit: int, dtype: torch.dtype, d
         )
         q = torch.randn(num_requests * q_len, shape.num_heads, shape.key_dim + shape.rope_dim, device=device).to(dtype)
         num_values = num_requests * seq_len * (shape.rank + shape.rope_dim)
-        num_layers = _num_copies(num_values * shape.kv_dtype.itemsize)
+        num_layers = num_copies(num_values * shape.kv_dtype.itemsize)
         cache = torch.empty(num_layers, num_values, dtype=dtype, device=device).normal_().to(shape.kv_dtype)
         default = latent_configs(q, sizes, batch.num_decodes)
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from kernels.experts import ExpertShape
 from kernels.launch import compiling_ahead
+from kernels.nvrtc import compile_source
 from kernels.timing import graph_timer
 from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape, tables
 
@@ -51,10 +53,13 @@ def tune_kernels(
     if not torch.cuda.is_available() or dtype.itemsize != 2 or budget_s <= 0:
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    from kernels.triton_tasks import tasks_of  # here: a machine without a GPU need not have triton
+    # Here: a machine without a GPU need not have triton.
+    from kernels.quantized_tasks import quantized_tasks
+    from kernels.triton_tasks import tasks_of
 
     with torch.inference_mode():
-        found = tune(tasks_of(shapes, attention, dtype, device, experts), budget_s, device)
+        tasks = quantized_tasks(shapes, device) + tasks_of(shapes, attention, dtype, device, experts)
+        found = tune(tasks, budget_s, device)
     if found:
         torch.cuda.empty_cache()  # what follows measures how much memory a step takes
         tables(device).save()
@@ -117,13 +122,26 @@ def _waves(tasks: Sequence[Task]) -> Iterator[list[Task]]:
 
 def _compile(wave: list[Task], compiling: Callable[[], AbstractContextManager[None]]) -> None:
     """Compile all candidates of `wave` at once, as far as they can be: `_fastest` finds out which cannot."""
+    sources = {task.source_of(config) for task in wave if task.source_of for config in task.candidates}
+    if sources:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            list(threads.map(_compile_source, sources))
     try:
         with compiling():
             for task in wave:
+                if task.source_of:
+                    continue
                 launch = task.prepare()[0]
                 for config in task.candidates:
                     launch(config)
     except _errors() as error:
+        logger.debug("a candidate cannot be compiled: %s", error)
+
+
+def _compile_source(source: tuple[str, str, str]) -> None:
+    try:
+        compile_source(*source)
+    except RuntimeError as error:
         logger.debug("a candidate cannot be compiled: %s", error)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -226,6 +226,7 @@ class WeightShape(NamedTuple):
     has_norm: bool = False  # one token's product takes the RMS norm ahead of it in
     has_residual: bool = False  # the product is added to its result
     max_tokens: int = 32  # 1: for more than one token other kernels are used
+    kind: Hashable | None = None  # of a weight of few bits, its `quantized_kernel.Kind`
 
 
 class AttentionShape(NamedTuple):
@@ -256,3 +257,5 @@ class Task(NamedTuple):
     candidates: list[Any]
     prepare: Callable[[], list[Callable[[Any], object]]]
     """Makes inputs; returns launches of a configuration that each read other data, together more than the L2 cache."""
+    source_of: Callable[[Any], tuple[str, str, str]] | None = None
+    """Returns what `nvrtc.compile_source` takes for a configuration; None: a launch compiles, where it must."""

@@ -253,7 +253,7 @@ def test_products_of_few_tokens_are_the_definition_s(
         for num_tokens in GPU_SIZES:
             x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
             h = randn(num_tokens, n, dtype=dtype)
-            assert gpu._kernel(x, None) == gpu._few
+            assert gpu._kernel(x, None) == gpu.few
             eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
             for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords
@@ -277,7 +277,7 @@ def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: py
         for num_tokens in (2, 16, 17, 33, 100, 129, 300):
             x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
             h = randn(num_tokens, n, dtype=dtype)
-            assert gpu._kernel(x, "silu") == gpu._more
+            assert gpu._kernel(x, "silu") == gpu.many
             eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
             for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords

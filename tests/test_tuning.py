@@ -12,10 +12,14 @@ import torch
 
 from engine.layers.communicator import Communicator
 from engine.step.warmup import expert_shapes
-from kernels import launch, triton_tasks, tune, tuning
-from kernels.card import INTERPRETER, Card
+from kernels import launch, quantized_cuda, quantized_few, quantized_tasks, triton_tasks, tune, tuning
+from kernels.card import HOPPER, INTERPRETER, Card
 from kernels.experts import ExpertShape
+from kernels.quantized_cuda import CudaQuantizedWeight
+from kernels.quantized_few import FEW_CONFIGS
 from kernels.quantized_format import Format
+from kernels.quantized_kernel import Kind
+from kernels.quantized_many import MANY_CONFIGS
 from kernels.tile_sizes import tile_bytes
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode_config
 from kernels.triton_experts import TILE_CODES, TILE_CONFIGS
@@ -33,7 +37,7 @@ CARD = torch.device("cuda", 0)  # nothing is run on it
 CPU = torch.device("cpu")
 ALL_CONFIGS: tuple[Configs[Any], ...] = (
     GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS, LATENT_DECODE_CONFIGS,
-    ABSORBED_CONFIGS, EXPANDED_CONFIGS, TILE_CONFIGS,
+    ABSORBED_CONFIGS, EXPANDED_CONFIGS, TILE_CONFIGS, FEW_CONFIGS, MANY_CONFIGS,
 )  # fmt: skip
 
 
@@ -385,3 +389,94 @@ def test_the_experts_of_a_model_are_tuned_as_its_layers_multiply_by_them(make_ti
     half = Communicator(1, 2)
     assert expert_shapes(TinyEngine(folder).model) == [ExpertShape(8, 64, 64, "silu"), ExpertShape(8, 64, 32)]
     assert expert_shapes(TinyEngine(folder, half, 2).model) == [ExpertShape(4, 64, 64, "silu"), ExpertShape(4, 64, 32)]
+
+
+# weights of few bits
+
+
+FEW_BITS = Kind(Format("int4", 128, has_zero=True, scale_dtype=torch.float16), torch.bfloat16, True, 128, torch.float16)
+PACKED = [
+    WeightShape(64, 1024, has_norm=True, max_tokens=1, kind=FEW_BITS),
+    WeightShape(128, 1024, "silu", has_norm=True, max_tokens=1, kind=FEW_BITS),
+    WeightShape(32, 1536, has_residual=True, max_tokens=1, kind=FEW_BITS),
+]
+PACKED_KEYS = [(128, 1024, 4, 1), (64, 1024, 4, 0), (32, 1536, 4, 0)]  # rows, inputs, bits, is gated
+
+
+@pytest.fixture
+def packed_tasks(card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Task]]:
+    """Return the tasks of `PACKED` and of weights of 16 bits on a card."""
+    monkeypatch.setattr(quantized_tasks, "can_multiply_few", lambda _: True)
+
+    def tasks(limits: Card, device: torch.device = CARD) -> list[Task]:
+        card("Test Card 9", limits)
+        for module in (quantized_tasks, quantized_few):
+            monkeypatch.setattr(module, "card_of", lambda _: limits)
+        monkeypatch.setattr(quantized_tasks, "fits_many", lambda *_: limits.capability >= HOPPER)
+        quantized_few._fitting.cache_clear()
+        return quantized_tasks.quantized_tasks([*PACKED, *SHAPES], device)
+
+    return tasks
+
+
+@pytest.mark.parametrize(("capability", "kernel", "bucket"), [(90, "quantized_many", 16), (80, "quantized", 2)])
+def test_products_of_few_bits_are_tuned_for_one_token_and_for_16(
+    capability: int, kernel: str, bucket: int, packed_tasks: Callable[..., list[Task]]
+) -> None:
+    tasks = packed_tasks(CARDS[capability])
+    wanted = [("quantized", (n, k, bits, 0, gated)) for n, k, bits, gated in PACKED_KEYS]
+    wanted += [(kernel, (n, k, bits, bucket, gated)) for n, k, bits, gated in PACKED_KEYS]
+    assert [(task.configs.kind, task.key) for task in tasks] == wanted
+    assert all(1 <= len(task.candidates) <= 5 for task in tasks), "a start has no time for more"
+    assert not triton_tasks.tasks_of(PACKED, [], torch.bfloat16, CARD)
+
+
+def test_their_candidates_are_compiled_at_once_and_the_fastest_serves_later_starts(
+    packed_tasks: Callable[..., list[Task]], card: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(tune, "compile_source", lambda *source: compiled.append(source))
+    tasks, bench = packed_tasks(CARDS[90]), Bench()
+    fastest = [task.candidates[-1] for task in tasks]
+    takes_us = dict.fromkeys((config for task in tasks for config in task.candidates), 10.0) | dict.fromkeys(fastest, 5)
+
+    def timer(launches: list[Callable[[], object]]) -> Callable[[], float]:
+        return lambda: takes_us.get(launches[0](), 20.0)
+
+    stand_ins = [task._replace(prepare=lambda: [lambda config: config]) for task in tasks]
+    options: dict[str, Any] = {"timer": timer, "compiling": contextlib.nullcontext, "clock": lambda: bench.now_s}
+    assert tune.tune(stand_ins, 60.0, CARD, **options) == len(tasks)
+    assert {name for name, _, _ in compiled} == {"quantized_few", "quantized_many"}
+    assert {source for task in tasks if task.source_of for source in map(task.source_of, task.candidates)} == set(
+        compiled
+    )
+    tuning.tables(CARD).save()
+    card("Test Card 9")
+    assert [takes_us[task.configs.get(CARD, *task.key)] for task in tasks] == [5] * len(tasks)
+    assert tune.tune(stand_ins, 60.0, CARD, **options) == 0
+
+
+def test_their_candidates_are_launched_as_layers_multiply(
+    packed_tasks: Callable[..., list[Task]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, str | None, bool, Any]] = []
+
+    def note(_kind: Kind, x: torch.Tensor, *_: Any, config: Any, act: str | None, residual: Any, **_more: Any) -> None:
+        seen.append((len(x), act, residual is not None, config))
+
+    monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
+    monkeypatch.setattr(CudaQuantizedWeight, "_prepare", lambda *_: None)
+    monkeypatch.setattr(quantized_cuda, "multiply_few", note)
+    monkeypatch.setattr(quantized_cuda, "multiply_many", note)
+    wanted: list[tuple[int, str | None, bool, Any]] = []
+    for task, (num_tokens, shape) in zip(
+        packed_tasks(CARDS[90], CPU),
+        [(num_tokens, PACKED[i]) for num_tokens in (1, 16) for i in (1, 0, 2)],
+        strict=True,
+    ):
+        launches = task.prepare()
+        assert len(launches) >= triton_tasks.MIN_LAUNCHES
+        for config in task.candidates:
+            launches[0](config)
+            wanted.append((num_tokens, shape.act, shape.has_residual, config))
+    assert seen == wanted
