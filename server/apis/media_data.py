@@ -22,6 +22,7 @@ Sources = Annotated[
     Meta(extra={"rule": 'a path, a URL, a data URI, base64 text, {"url": ...}, or a list of these'}),
 ]
 Modality = Literal["text", "image", "multi-images", "video"]
+MODALITIES_RULE = "a list of text, image, multi-images and video"
 
 
 class MediaData(PrefixFields):
@@ -30,7 +31,7 @@ class MediaData(PrefixFields):
     modalities: (
         Annotated[
             list[Modality | list[Modality]],
-            Meta(description="video: image_data holds a video, or its frames", extra={"rule": "a list of modalities"}),
+            Meta(description="video: image_data holds a video, or its frames", extra={"rule": MODALITIES_RULE}),
         ]
         | None
     ) = None

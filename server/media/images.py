@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 from PIL import BmpImagePlugin, ExifTags, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from server.media.broken import BrokenMedia
@@ -155,5 +156,7 @@ def _as_array(image: Image.Image) -> np.ndarray:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):  # its text shows our object
+        return "its header makes no sense"
     text = str(error)
     return text[:100] if text and text.isprintable() else type(error).__name__

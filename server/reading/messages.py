@@ -21,6 +21,7 @@ from server.reading.messages_body import (
     CountTokensRequest,
     Document,
     ImageBlock,
+    ImageSource,
     MessagesRequest,
     MessagesToolChoice,
     Passage,
@@ -184,13 +185,16 @@ class _Reader:
         return self._text(content) if isinstance(content, str) else "\n".join(map(self._shown, content))
 
     def _part(self, block: ShownBlock, path: str) -> JSON:
-        if self._sees_images and isinstance(block, ImageBlock) and (source := block.source) is not None:
+        if self._sees_images and isinstance(block, ImageBlock):
+            source = block.source or ImageSource()
             if source.type == "base64" and source.data is not None:
                 return sourced(source.data, f"{path}.source.data")
             if source.type == "url" and source.url is not None:
                 return sourced(source.url, f"{path}.source.url")
             if source.type == "file" and source.file_id is not None:
                 return uploaded(source.file_id, f"{path}.source.file_id")
+            rule = "a source of the type base64 with data, url with url, or file with file_id"
+            raise InvalidRequest(f"{path}.source must be {rule}", f"{path}.source")
         return {"type": "text", "text": self._shown(block)}
 
     def _shown(self, block: ShownBlock) -> str:

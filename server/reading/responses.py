@@ -217,6 +217,8 @@ class _Reader:
         """Return what the model reads in place of a part."""
         if part.type == "refusal":  # an assistant's
             return part.refusal or ""
+        if part.type == "input_image" and self._sees_images:  # with neither, or it would be shown
+            raise part.wrong("image_url", "a string, or file_id", path)
         if part.type is not None and part.type in UNSEEN_PARTS:
             self._left_out.add(CONTENT, part.type)
             name = part.type.removeprefix("input_").replace("_", " ")
