@@ -38,6 +38,23 @@ def torch_packed_attention(
     return torch.cat(sums, dim=2)[0].transpose(0, 1)
 
 
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads, [T, H, D] with heads beside each other, in place. cos, sin: [T, D]."""
+    if not heads.is_cuda:
+        heads.copy_(rotated_torch(heads, cos, sin))
+        return
+    from kernels.triton_rotation import rotate_triton  # here: a machine without a GPU need not have triton
+
+    rotate_triton(heads, cos, sin)
+
+
+def rotated_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x = heads.float()
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos[:, None].float() + turned * sin[:, None].float()).to(heads.dtype)
+
+
 def is_fast(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether there is a kernel that takes all sequences at once."""
     if device.type != "cuda" or dtype not in HALF or head_dim % 8 or head_dim > MAX_HEAD_DIM:

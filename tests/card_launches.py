@@ -31,6 +31,7 @@ from kernels.launch import cdiv
 from kernels.peer_memory import PeerMemory
 from kernels.quantized_format import FP8, Format
 from kernels.quantized_kernel import Kind
+from kernels.resize_plan import plan_of
 from kernels.routing_rule import Routing
 from kernels.triton_all_reduce import all_reduce_triton
 from kernels.triton_attention import attention_of_products_triton, attention_triton
@@ -46,6 +47,8 @@ from kernels.triton_gemm import gemv
 from kernels.triton_likeliest import likeliest_triton
 from kernels.triton_mla import latent_attention_triton
 from kernels.triton_quantized_gemm import gemm_8bit
+from kernels.triton_resize import pass_triton
+from kernels.triton_rotation import rotate_triton
 from kernels.triton_routing import route_triton
 from kernels.triton_skinny import fits_skinny, skinny_gemm
 
@@ -91,6 +94,10 @@ def launches(card: Card) -> Iterator[tuple[str, Launch]]:
         yield from all_reduce_launches(dtype)
     yield from quantized_launches(dtypes[-1], card)
     yield from bookkeeping_launches()
+    for dtype in dtypes:
+        angles = empty(4900, 80)
+        yield f"rotate {dtype}", partial(rotate_triton, empty(4900, 48, 80, dtype=dtype)[:, :32], angles, angles)
+    yield "resize", partial(pass_triton, empty(1, 900, 700, 3, dtype=torch.uint8), plan_of(900, 800, 0, 800, 3), 1)
 
 
 # ---- attention ----

@@ -5,6 +5,7 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from engine.vision import grid, packed
 from engine.vision.family import in_words
-from kernels.packed_attention import packed_attention, torch_packed_attention
+from kernels.packed_attention import packed_attention, rotated_torch, torch_packed_attention
+from kernels.triton_rotation import rotate_triton
 from tests.test_engine import collect, running_engine
 from tests.vision_models import FAMILIES, make_vision_model, picture, video
 
@@ -301,6 +303,31 @@ def test_the_kernel_attends_as_its_definition(head_dim: int) -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 80), (3, 8)])
+def test_the_kernel_rotates_as_its_definition_bit_for_bit(num_heads: int, head_dim: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16  # Triton's interpreter cuts bits of bfloat16 off
+    qkv = torch.randn(33, 2 * num_heads, head_dim, device=device, dtype=dtype)
+    angles = 9 * torch.randn(33, head_dim, device=device)
+    heads, others = qkv.clone().split(num_heads, dim=1)
+    wanted = rotated_torch(heads, angles.cos(), angles.sin())
+    rotate_triton(heads, angles.cos(), angles.sin())
+    assert torch.equal(heads, wanted) and torch.equal(others, qkv[:, num_heads:])
+
+
+def test_wider_hidden_layers_make_the_same() -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
+
+    config = SimpleNamespace(hidden_size=8, intermediate_size=100, hidden_act="silu")
+    mlp, wide = Qwen2_5_VLMLP(config, bias=True), Qwen2_5_VLMLP(config, bias=True)
+    wide.load_state_dict(mlp.state_dict())
+    for _ in range(2):  # once more changes nothing
+        packed.widen_products(wide)
+    assert wide.down_proj.weight.shape == (8, 128)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(wide(x), mlp(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reference", ["qwen 3 vl", "idefics 3"], indirect=True)
 async def test_token_ids_stay_as_they_came_and_may_have_their_pictures_written_out(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:
@@ -451,14 +478,14 @@ async def test_a_picture_that_the_tower_fails_on_ends_its_request_and_no_other(
         good, bad = [await prompt(engine, 0, [picture(37, 53, seed)]) for seed in (1, 2)]
         tower = engine.parts.tower
         assert tower is not None
-        inputs = tower.family.inputs
+        moved = tower.family.moved
 
         def fail_on_bad(media: Any) -> Any:
             if media is bad[1].media[0]:
                 raise RuntimeError("no pixels")
-            return inputs(media)
+            return moved(media)
 
-        monkeypatch.setattr(tower.family, "inputs", fail_on_bad)
+        monkeypatch.setattr(tower.family, "moved", fail_on_bad)
         _, (_, failed) = await asyncio.gather(ask(engine, *good), ask(engine, *bad, num_tokens=0))
         assert failed.finish_reason is not None
         assert (failed.finish_reason.type, failed.finish_reason.status_code) == ("abort", 500)

@@ -13,6 +13,7 @@ from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing, in_words
 from engine.vision.grid import Glm, Glm46, Grid, PaddleOCR, PlainGrid, TimedGrid
 from engine.vision.kimi import Kimi, KimiVideos
+from engine.vision.pixels import bytes_of, square_of
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
@@ -21,7 +22,22 @@ LAST_FRAME_S = 0.05  # that a video goes on after its last frame was taken
 MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
 
 
-class Llava(Family):
+class Alike(Family):
+    """Families to whose towers all pictures are of one shape."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._square = square_of(self.processor)
+
+    def moved(self, media: Media) -> dict[str, torch.Tensor]:
+        return self.inputs(media) if self._square is None else {"pixel_values": bytes_of(media)}
+
+    def made(self, moved: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        made = super().made(moved, device)
+        return made if self._square is None else {"pixel_values": self._square.made(made["pixel_values"])}
+
+
+class Llava(Alike):
     """LLaVA 1.5: the patches of one square, whatever the picture's shape."""
 
     is_captured = True
@@ -332,7 +348,7 @@ class SmolVLM(FramesAsPictures, Idefics3):
         return {"do_image_splitting": False} | ({"size": size} if size else {})
 
 
-class Gemma3(Family):
+class Gemma3(Alike):
     """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
 
     is_captured = is_whole = True

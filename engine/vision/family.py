@@ -128,9 +128,9 @@ class Family:
         """Return what of a picture is moved to the device, where `made` makes `inputs` of it: the less, the better."""
         return self.inputs(media)
 
-    def made(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return `inputs`, made on the device of `moved`."""
-        return moved
+    def made(self, moved: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return `inputs`, made of `moved` on the device."""
+        return {name: value if name in self.on_host else value.to(device) for name, value in moved.items()}
 
     def joins(self, kind: str) -> bool:  # noqa: ARG002
         """Return whether the tower takes several pictures of that kind in one go."""

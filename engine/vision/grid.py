@@ -5,14 +5,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import PIL.Image
 import torch
 
 from engine.errors import InvalidRequest
-from engine.media import Image, Media, MediaSize
+from engine.media import Media, MediaSize
 from engine.vision.family import Family, Writing
-from engine.vision.packed import pack_attention, plan_of, takes_plans
+from engine.vision.packed import pack_layers, plan_of, takes_plans, widen_products
+from engine.vision.pixels import bytes_of, looked_up, values_of
+from kernels.packed_attention import HALF
+from kernels.resize import resize
 
 # What towers call the pixels of a picture, and its grid of patches.
 NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -103,45 +105,37 @@ class Grid(Family):
         return {"size": {"shortest_edge": least, "longest_edge": most}}
 
     def inputs(self, media: Media) -> dict[str, torch.Tensor]:
-        return self.made(self.moved(media))
+        return self.made(self.moved(media), torch.device("cpu"))
 
     def moved(self, media: Media) -> dict[str, torch.Tensor]:
-        """Return the frames, resized, and their grid of patches: all else is a matter of microseconds on a GPU."""
-        height, width = self.resized(media.size)
-        frames = [media.pixels] if isinstance(media, Image) else media.frames
-        how = self.processor.resample if isinstance(media, Image) else PIL.Image.Resampling.BICUBIC
-        resized = [np.asarray(PIL.Image.fromarray(frame).resize((width, height), how)) for frame in frames]
-        patch, per_patch = self.processor.patch_size, self.processor.temporal_patch_size
-        grid = 1 if isinstance(media, Image) else -(-len(frames) // per_patch), height // patch, width // patch
+        """Return the frames, as they are, and the grid of patches that they become."""
+        (height, width), patch = self.resized(media.size), self.processor.patch_size
+        num_frames = -(-media.size.num_frames // self.processor.temporal_patch_size)
         pixels, grids = NAMES[media.kind]
-        return {pixels: torch.from_numpy(np.stack(resized)), grids: torch.tensor([grid])}
+        return {pixels: bytes_of(media), grids: torch.tensor([[num_frames, height // patch, width // patch]])}
 
-    def made(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def made(self, moved: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         """Return patches, as the image processor makes them: the last frame stands for those that the last pair lacks.
 
-        A byte has 256 values: what the processor makes of each is looked up.
+        Frames are moved to the device one by one: a video's may be larger by far than what they become.
         """
-        [name] = PIXELS & moved.keys()
-        frames, processor = moved[name], self.processor
+        [name], [grids] = PIXELS & moved.keys(), GRIDS & moved.keys()
+        processor, is_image = self.processor, name == "pixel_values"
         per_patch, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
+        height, width = (patch * num for num in moved[grids][0, 1:].tolist())
+        how = processor.resample if is_image else PIL.Image.Resampling.BICUBIC
+        frames = torch.cat([resize(frame.to(device), height, width, how) for frame in moved[name].split(1)])
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % per_patch, -1, -1, -1)])
         rows, columns = (length // (patch * merge) for length in frames.shape[1:3])
         cut = frames.view(-1, per_patch, rows, merge, patch, columns, merge, patch, 3)
         cut = cut.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        values = self._values("image" if name == "pixel_values" else "video", frames.device)
-        entries = cut.int() + 256 * torch.arange(3, dtype=torch.int32, device=frames.device)[:, None, None, None]
-        return moved | {name: values[entries].reshape(math.prod(cut.shape[:5]), -1)}
-
-    def _values(self, kind: str, device: torch.device) -> torch.Tensor:
-        """Return what becomes of each byte of a pixel, float32 [3 x 256]."""
-        processor, config = self.processor, self.video_config if kind == "video" else {}
-        mean, std = (config.get(name) or getattr(processor, name) for name in ("image_mean", "image_std"))
-        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        values = processor.normalize(processor.rescale(values, processor.rescale_factor), mean, std)
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten().to(device)
+        values = values_of(processor, {} if is_image else self.video_config, device)
+        return moved | {name: looked_up(cut, values, 5).reshape(math.prod(cut.shape[:5]), -1)}
 
     def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
-        pack_attention(tower.visual, device, dtype)
+        pack_layers(tower.visual, device, dtype)
+        if dtype in HALF:  # on any device, as weights move from one to another
+            widen_products(tower.visual)
         self.has_plans = takes_plans()
         if not self.has_plans:
             self.computes_with_grids, self.is_captured = True, False

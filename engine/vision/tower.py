@@ -92,10 +92,7 @@ class Tower:
         return peak + peak * MAX_CAPTURED // max(num_pictures * num_features, MAX_CAPTURED)  # graphs have their own
 
     def _on_device(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        on_host = self.family.on_host
-        inputs = self.family.made(
-            {name: value if name in on_host else value.to(self._device) for name, value in moved.items()}
-        )
+        inputs = self.family.made(moved, self._device)
         return {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 

@@ -1,0 +1,79 @@
+"""Pixels on their way to a tower: moved to the device as bytes, and resized, cut and normalized there.
+
+What transformers' image processors do with Pillow and numpy takes the host tens of milliseconds a picture, and a GPU
+some microseconds. What comes out is the same, bit for bit: a byte has 256 values, and what a processor makes of each is
+looked up.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.media import Image, Media
+from kernels.resize import Window, resize
+
+# Steps that image processors may take; the plain one takes these, and may take one more.
+ALWAYS, CROP = {"do_resize", "do_rescale", "do_normalize"}, "do_center_crop"
+STEPS = (*ALWAYS, CROP, "do_pad", "do_pan_and_scan")
+
+
+def bytes_of(media: Media) -> torch.Tensor:
+    """Return the pixels of a picture, or of a video's frames, uint8 [frames, height, width, 3], as they are."""
+    frames = media.pixels[None] if isinstance(media, Image) else media.frames
+    return torch.from_numpy(frames if frames.flags.writeable else frames.copy())
+
+
+def values_of(processor: Any, config: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """Return what becomes of each byte of each color, float32 [3 x 256]. config: entries that come first."""
+    mean, std = (config.get(name) or getattr(processor, name) for name in ("image_mean", "image_std"))
+    values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    values = processor.normalize(processor.rescale(values, processor.rescale_factor), mean, std)
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten().to(device)
+
+
+def looked_up(pixels: torch.Tensor, values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the `values_of` bytes. dim: that of colors."""
+    shape = [1] * pixels.dim()
+    shape[dim] = 3
+    colors = 256 * torch.arange(3, dtype=torch.int32, device=pixels.device)
+    return values[pixels.int() + colors.view(shape)]
+
+
+class Square:
+    """What a plain image processor of transformers does: all pictures become alike, and may lose their edges."""
+
+    def __init__(self, processor: Any, edges: tuple[int, int], *, is_whole: bool) -> None:
+        """edges: height and width. is_whole: a picture is stretched to them; else they are cut out of its middle."""
+        self._processor, self._edges, self._is_whole = processor, edges, is_whole
+
+    def made(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return what a tower takes of pictures, float32 [N, 3, height, width]. frames: uint8 [N, ..., ..., 3]."""
+        height, width = self._edges
+        stretched = self._edges if self._is_whole else self._shrunk(*frames.shape[1:3])
+        window = Window((stretched[0] - height) // 2, (stretched[1] - width) // 2, height, width)
+        squares = resize(frames, *stretched, self._processor.resample, window).permute(0, 3, 1, 2)
+        return looked_up(squares, values_of(self._processor, {}, frames.device), 1)
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of a picture of that shape whose shorter edge is the processor's."""
+        edge, short = self._processor.size["shortest_edge"], min(height, width)
+        return int(edge * height / short), int(edge * width / short)
+
+
+def square_of(processor: Any) -> Square | None:
+    """Return what makes the same of pictures as an image processor of transformers; None: it does more."""
+    from transformers import Gemma3ImageProcessorPil
+    from transformers.image_processing_backends import PilBackend
+
+    plain = PilBackend._preprocess, Gemma3ImageProcessorPil._preprocess
+    does = {name for name in STEPS if getattr(processor, name, None)}
+    if type(processor)._preprocess not in plain or does - {CROP} != ALWAYS:
+        return None
+    size, crop = dict(processor.size), dict(processor.crop_size) if CROP in does else {}
+    if not crop and size.keys() == {"height", "width"}:
+        return Square(processor, (size["height"], size["width"]), is_whole=True)
+    if crop and size.keys() == {"shortest_edge"} and max(crop.values()) <= size["shortest_edge"]:
+        return Square(processor, (crop["height"], crop["width"]), is_whole=False)
+    return None
