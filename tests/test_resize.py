@@ -1,12 +1,15 @@
 """Pictures are resized, cut and normalized as Pillow and transformers' image processors do it, bit for bit."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.media import Image
+from engine.errors import InvalidRequest
+from engine.media import Image, MediaSize
+from engine.vision.families import Llava
 from engine.vision.pixels import bytes_of, square_of
 from kernels import resize as module
 from kernels.resize import Pass, Window, pass_torch, resize, resize_by, resize_pillow
@@ -93,6 +96,18 @@ def test_an_image_processor_that_does_more_is_asked(name: str, entries: dict[str
     import transformers
 
     assert square_of(getattr(transformers, name)(**entries)) is None
+
+
+def test_a_picture_that_bars_would_make_a_huge_square_is_refused() -> None:
+    from transformers import LlavaImageProcessorPil
+
+    vision = SimpleNamespace(patch_size=14)
+    config = SimpleNamespace(vision_config=vision, vision_feature_select_strategy="default")
+    padded, cut = (Llava(config, LlavaImageProcessorPil(do_pad=does), {"image": "<image>"}) for does in (True, False))
+    assert padded.write(MediaSize("image", 10_000, 10)).num_features == 256
+    assert cut.write(MediaSize("image", 10_001, 10)).num_features == 256
+    with pytest.raises(InvalidRequest, match="it is made a square, and the limit of one is 10000x10000"):
+        padded.write(MediaSize("image", 10_001, 10))
 
 
 def test_pixels_that_nobody_may_write_to_are_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:

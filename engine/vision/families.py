@@ -19,6 +19,7 @@ ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
 SQUARE = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "rescale_factor", "resample")
 LAST_FRAME_S = 0.05  # that a video goes on after its last frame was taken
+MAX_PADDED = 10_000  # pixels of a square, either way, that bars beside a picture make of it: 1 GB on the host
 MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
 
 
@@ -41,6 +42,15 @@ class Llava(Alike):
     """LLaVA 1.5: the patches of one square, whatever the picture's shape."""
 
     is_captured = True
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
+        side = max(size.width, size.height)
+        if getattr(self.processor, "do_pad", None) and side > MAX_PADDED:
+            raise InvalidRequest(
+                f"a picture of {size.width}x{size.height} pixels is too large: it is made a square, and the limit of "
+                f"one is {MAX_PADDED}x{MAX_PADDED}"
+            )
+        return super().write(size, times_s)
 
     def num_features(self, size: MediaSize) -> int:  # noqa: ARG002
         crop, vision = self.processor.crop_size, self.config.vision_config
