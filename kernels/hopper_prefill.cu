@@ -7,10 +7,11 @@
 // last one's results are written.
 //
 // Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
-// a warp copies row by row, swizzled as the accelerator would.
+// a warp copies row by row, swizzled as the accelerator would. With SHARED_DIM all slots of a request follow each other.
 //
-// hopper_prefill.py puts in front, besides hopper.cu: HEAD_DIM, WARPGROUPS (that multiply), QUERY_BUFFERS, KEYS, STAGES,
-// IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks), HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the
+// hopper_prefill.py puts in front, besides hopper.cu: KEY_DIM and VALUE_DIM of a head, SHARED_DIM (of keys' last elements
+// that are the same for all heads and stand apart, or 0), WARPGROUPS (that multiply), QUERY_BUFFERS, KEYS, STAGES, IS_HALF,
+// WINDOW (0: none, 1: the last tokens, 2: chunks), HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the
 // instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and PV_TYPE, PV_D, PV_OPERANDS, PV_SUMS.
 
 typedef unsigned short u16;
@@ -29,10 +30,12 @@ struct Args {
 
 constexpr int ROWS = 64;              // of a warpgroup
 constexpr int BLOCK_ROWS = WARPGROUPS * ROWS;  // queries x heads
-constexpr int SLABS = HEAD_DIM / 64;  // of 64 columns: 128 bytes, the width of the swizzle
-constexpr int Q_BYTES = ROWS * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2;
+constexpr int HEAD_DIM = VALUE_DIM;  // of keys too, where rows are copied one by one
+constexpr int KEY_SLABS = KEY_DIM / 64, VALUE_SLABS = VALUE_DIM / 64;  // of 64 columns: 128 bytes, the width of the swizzle
+constexpr int OWN_SLABS = (KEY_DIM - SHARED_DIM) / 64;  // of a head's own keys
+constexpr int Q_BYTES = ROWS * KEY_DIM * 2, K_BYTES = KEYS * KEY_DIM * 2, V_BYTES = KEYS * VALUE_DIM * 2;
 constexpr int RUNS = KEYS / 64;       // of 32 rows, which a loading warp copies of a tile
-constexpr bool HAS_TURNS = HEAD_DIM == 128;  // narrower and wider heads are faster without
+constexpr bool HAS_TURNS = VALUE_DIM == 128;  // narrower and wider heads are faster without
 constexpr int PITCH = 144;  // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
 constexpr int STAGING_BYTES = 16 * PITCH;
 constexpr int CACHE_BYTES = 40 << 20;  // of keys and values, which an L2 cache of 50 MB keeps beside what else passes
@@ -104,7 +107,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 2], u64 q, u64 k
                : "l"(q), "l"(k), "r"((int)add));
 }
 // o (+)= 64 rows of weights of 16 keys, which lie in registers as scores do, times their values.
-__device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], u32 p0, u32 p1, u32 p2, u32 p3, u64 v, bool add) {
+__device__ __forceinline__ void multiply_values(float (&o)[VALUE_DIM / 2], u32 p0, u32 p1, u32 p2, u32 p3, u64 v, bool add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" PV_ADD ", 0;\n"
                "wgmma.mma_async.sync.aligned." PV_TYPE " {" PV_D "}, " PV_OPERANDS ", add, 1, 1, 1;\n}"
                : PV_SUMS
@@ -197,11 +200,11 @@ struct Plan {
 // A stage of a ring, and what its barriers wait for.
 struct Ring {
   u32 tiles, full, empty;
-  int stage = 0;
+  int tile_bytes, stage = 0;
   u32 parity;
-  __device__ Ring(u32 tiles, u32 barriers, u32 parity)
-      : tiles(tiles), full(barriers), empty(barriers + 8 * STAGES), parity(parity) {}
-  __device__ u32 tile() const { return tiles + stage * KV_BYTES; }
+  __device__ Ring(u32 tiles, int tile_bytes, u32 barriers, u32 parity)
+      : tiles(tiles), full(barriers), empty(barriers + 8 * STAGES), tile_bytes(tile_bytes), parity(parity) {}
+  __device__ u32 tile() const { return tiles + stage * (K_BYTES == V_BYTES ? K_BYTES : tile_bytes); }
   __device__ u32 is_full() const { return full + 8 * stage; }
   __device__ u32 is_empty() const { return empty + 8 * stage; }
   __device__ void next() {
@@ -233,7 +236,7 @@ __device__ __forceinline__ void make_plan(const Args& args, Plan& plan) {
   for (int step = 16; step; step /= 2) longest = max(longest, __shfl_xor_sync(ALL, longest, step));
   // Heads whose keys and values stay in the L2 cache together while blocks go through them.
   int abreast = args.num_kv_heads;
-  while (abreast > 1 && (args.num_kv_heads % abreast || longest > CACHE_BYTES / (4 * HEAD_DIM) / abreast)) abreast--;
+  while (abreast > 1 && (args.num_kv_heads % abreast || longest > CACHE_BYTES / (2 * (KEY_DIM + VALUE_DIM)) / abreast)) abreast--;
   plan.num_tiles = before, plan.heads_abreast = abreast;
 }
 
@@ -309,11 +312,11 @@ __device__ __forceinline__ void end_claims(const Args& args) {
 
 // Copy the queries of a warpgroup's rows; zeros past the last one.
 __device__ __forceinline__ void copy_queries(const Args& args, const Work& work, int warpgroup, u32 to) {
-  constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes
+  constexpr int PIECES = KEY_DIM / 8;  // of 16 bytes
   int thread = threadIdx.x % 128;
 #pragma unroll 4
   for (int i = 0; i < ROWS * PIECES / 128; i++) {
-    int piece = thread % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + warpgroup * ROWS + row;
+    int piece = (i * 128 + thread) % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + warpgroup * ROWS + row;
     int query = at / args.group, head = work.head * args.group + at % args.group;
     bool is_row = query < work.request.q_len;
     const u16* from = args.q;
@@ -354,7 +357,7 @@ __device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot,
 // waits for copied rows waits for all that are on their way.
 struct Loader {
   const Args& args;
-  const TensorMap* map;
+  const TensorMap *map, *shared_map;
   Ring ring;
   bool has_values;
   int lane, first;  // first: of its rows in a tile
@@ -363,7 +366,12 @@ struct Loader {
     const int* of_tokens = args.slot_table + (i64)work.request.row * args.table_stride;
 #pragma unroll
     for (int i = 0; i < RUNS; i++) {
-      int token = min(tile * KEYS + first + 32 * i + lane, work.request.seq_len - 1);
+      int token = tile * KEYS + first + 32 * i + lane;
+      if (SHARED_DIM) {  // past the end stand another request's, or zeros, which no row sees
+        slots[i] = work.request.row + token;
+        continue;
+      }
+      token = min(token, work.request.seq_len - 1);
       if (args.slot_map == nullptr) {
         slots[i] = of_tokens[token];
       } else {  // what stands before the first token that is seen may be another request's
@@ -378,12 +386,17 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < RUNS; i++) {
       int row = first + 32 * i, slot = __shfl_sync(ALL, slots[i], 0);
-      if (__all_sync(ALL, slots[i] == slot + lane)) {
+      if (SHARED_DIM || __all_sync(ALL, slots[i] == slot + lane)) {
         if (lane == 0) {
-          expect(ring.is_full(), 32 * HEAD_DIM * 2);
+          const int num_slabs = has_values ? VALUE_SLABS : KEY_SLABS, num_own = has_values ? VALUE_SLABS : OWN_SLABS;
+          expect(ring.is_full(), 32 * 128 * num_slabs);
 #pragma unroll
-          for (int j = 0; j < SLABS; j++)
-            load(ring.tile() + j * (KEYS * 128) + row * 128, map, 64 * j, head, slot, ring.is_full());
+          for (int j = 0; j < KEY_SLABS; j++) {
+            if (j == num_slabs) break;
+            const bool is_own = j < num_own;
+            load(ring.tile() + j * (KEYS * 128) + row * 128, is_own ? map : shared_map, 64 * (is_own ? j : j - num_own),
+                 is_own ? head : 0, slot, ring.is_full());
+          }
         }
       } else {
         const u16* from = has_values ? args.v : args.k;
@@ -460,21 +473,21 @@ struct Softmax {
 
 // ---- parts of a context that several blocks have shared out ----
 
-constexpr int PART_VALUES = HEAD_DIM / 2 + 4;  // of a thread: its sums, m and l
+constexpr int PART_VALUES = VALUE_DIM / 2 + 4;  // of a thread: its sums, m and l
 
 __device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int warpgroup, int part) {
   const i64 number = (i64)(work.number * args.num_parts + part) * WARPGROUPS + warpgroup;
   return args.partial + number * (PART_VALUES * 128) + threadIdx.x % 128;
 }
 __device__ __forceinline__ void write_part(const Args& args, const Work& work, int warpgroup,
-                                           const float (&o)[HEAD_DIM / 2], const Softmax& softmax) {
+                                           const float (&o)[VALUE_DIM / 2], const Softmax& softmax) {
   float* to = place_of_part(args, work, warpgroup, work.part);
 #pragma unroll
-  for (int i = 0; i < HEAD_DIM / 2; i++) __stcg(to + 128 * i, o[i]);
+  for (int i = 0; i < VALUE_DIM / 2; i++) __stcg(to + 128 * i, o[i]);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    __stcg(to + 128 * (HEAD_DIM / 2 + h), softmax.m[h]);
-    __stcg(to + 128 * (HEAD_DIM / 2 + 2 + h), softmax.l[h]);
+    __stcg(to + 128 * (VALUE_DIM / 2 + h), softmax.m[h]);
+    __stcg(to + 128 * (VALUE_DIM / 2 + 2 + h), softmax.l[h]);
   }
 }
 // Return whether this warpgroup is the last one to have written a part of its rows.
@@ -494,7 +507,7 @@ __device__ __forceinline__ bool is_last_part(const Args& args, const Work& work,
   return is_last;
 }
 // Add up all parts in their order, so that the result does not depend on which one came last.
-__device__ __forceinline__ void merge_parts(const Args& args, const Work& work, int warpgroup, float (&o)[HEAD_DIM / 2],
+__device__ __forceinline__ void merge_parts(const Args& args, const Work& work, int warpgroup, float (&o)[VALUE_DIM / 2],
                                             Softmax& softmax) {
   softmax = Softmax();
   for (int part = 0; part < work.num_parts; part++) {
@@ -502,13 +515,13 @@ __device__ __forceinline__ void merge_parts(const Args& args, const Work& work, 
     float weight[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float m = __ldcg(from + 128 * (HEAD_DIM / 2 + h)), l = __ldcg(from + 128 * (HEAD_DIM / 2 + 2 + h));
+      const float m = __ldcg(from + 128 * (VALUE_DIM / 2 + h)), l = __ldcg(from + 128 * (VALUE_DIM / 2 + 2 + h));
       const float most = fmaxf(m, softmax.m[h]);
       softmax.alpha[h] = part ? power_of_2(softmax.m[h] - most) : 0.0f, weight[h] = power_of_2(m - most);
       softmax.l[h] = softmax.l[h] * softmax.alpha[h] + l * weight[h], softmax.m[h] = most;
     }
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; i++) {
+    for (int i = 0; i < VALUE_DIM / 2; i++) {
       const float before = part ? o[i] * softmax.alpha[i % 4 / 2] : 0.0f;
       o[i] = before + __ldcg(from + 128 * i) * weight[i % 4 / 2];
     }
@@ -517,10 +530,10 @@ __device__ __forceinline__ void merge_parts(const Args& args, const Work& work, 
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     hopper_prefill(const __grid_constant__ Args args, const __grid_constant__ TensorMap k_map,
-                   const __grid_constant__ TensorMap v_map) {
+                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap shared_map) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 queries = shared_address(shared), keys = queries + QUERY_BUFFERS * WARPGROUPS * Q_BYTES;
-  const u32 values = keys + STAGES * KV_BYTES, staging = values + STAGES * KV_BYTES;
+  const u32 values = keys + STAGES * K_BYTES, staging = values + STAGES * V_BYTES;
   const u32 barriers = staging + 4 * WARPGROUPS * STAGING_BYTES, claim_barriers = barriers + 32 * STAGES;
   Plan& plan = *(Plan*)(shared + (claim_barriers - queries) + 32);
 
@@ -542,9 +555,9 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     leave_registers();
     const int warp = __shfl_sync(ALL, threadIdx.x / 32, 0);
     const bool has_values = warp >= 2;
-    Loader loader = {args, has_values ? &v_map : &k_map,
-                     Ring(has_values ? values : keys, has_values ? barriers + 16 * STAGES : barriers, 1), has_values,
-                     (int)threadIdx.x % 32, warp % 2 * (KEYS / 2)};
+    const Ring ring = has_values ? Ring(values, V_BYTES, barriers + 16 * STAGES, 1) : Ring(keys, K_BYTES, barriers, 1);
+    Loader loader = {args, has_values ? &v_map : &k_map, &shared_map, ring, has_values, (int)threadIdx.x % 32,
+                     warp % 2 * (KEYS / 2)};
     Claims claims(plan, claim_barriers);
     while (warp ? claims.read(work) : claims.make(args, work)) {
       int slots[RUNS], next_slots[RUNS];
@@ -564,20 +577,20 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     take_registers();
     const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const u32 my_staging = staging + (4 * warpgroup + warp) * STAGING_BYTES;
-    Ring k(keys, barriers, 0), v(values, barriers + 16 * STAGES, 0);
+    Ring k(keys, K_BYTES, barriers, 0), v(values, V_BYTES, barriers + 16 * STAGES, 0);
     auto free = [&](Ring& ring) {
       if (lane == 0) arrive(ring.is_empty());
       ring.next();
     };
     const float scale = HAS_SOFTCAP ? 1.0f : args.scale;
-    float s[KEYS / 2], o[HEAD_DIM / 2];
+    float s[KEYS / 2], o[VALUE_DIM / 2];
     u32 p[KEYS / 4];
     int buffer = 0;  // of queries
     auto my_queries = [&] { return queries + (WARPGROUPS * buffer + warpgroup) * Q_BYTES; };
     auto start_scores = [&] {
       const u64 q = descriptor(my_queries()), tile = descriptor(k.tile());
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; i++)
+      for (int i = 0; i < KEY_DIM / 16; i++)
         multiply_keys(s, q + (i / 4 * (ROWS * 128) + i % 4 * 32 >> 4), tile + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4),
                       i > 0);
       commit_products();
@@ -675,7 +688,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
         free(v);
         if (grows) {
 #pragma unroll
-          for (int i = 0; i < HEAD_DIM / 2; i++) o[i] *= softmax.alpha[i % 4 / 2];
+          for (int i = 0; i < VALUE_DIM / 2; i++) o[i] *= softmax.alpha[i % 4 / 2];
         }
         pack_weights();
       }
@@ -710,10 +723,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       for (int i = 0; i < 4; i++) {
         const int at = row + i * 4 + lane / 8, query = at / args.group, head = work.head * args.group + at % args.group;
         is_row[i] = query < work.request.q_len;
-        to[i] = args.out + (i64)(work.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
+        to[i] = args.out + (i64)(work.request.q_begin + query) * args.out_stride + head * VALUE_DIM + lane % 8 * 8;
       }
 #pragma unroll
-      for (int slab = 0; slab < SLABS; slab++) {
+      for (int slab = 0; slab < VALUE_SLABS; slab++) {
         __syncwarp();
 #pragma unroll
         for (int g = 0; g < 8; g += 2) {

@@ -25,9 +25,12 @@ STAGES = 2
 KEYS = {64: 128, 128: 128, 256: 64}  # head size -> keys of a tile
 WARPGROUPS = {64: 3, 128: 2, 256: 2}  # head size -> those that multiply, as many as there are registers for
 QUERY_BUFFERS = {64: 2, 128: 2, 256: 1}  # head size -> how many works' queries there is room for
+SHARED_DIM = 64  # of keys' last elements, where they are the same for all heads
+SHARED_SIZES = {192: (128, 128), 256: (256, 64)}  # size of such keys -> that of values, keys of a tile
 STAGING_BYTES = 16 * 144
 RUN_SLOTS = 32  # that are copied together where they follow each other
 MAX_REQUESTS = 256  # which a block lists in its shared memory
+MAX_SHARED_REQUESTS = 32  # where keys are shared, whose tiles leave less room
 REQUEST_BYTES = 20
 CLAIM_BYTES = 32 + 2 * 52 + 8  # barriers, works, sizes
 MAX_PARTS = 16
@@ -38,25 +41,49 @@ LEAST_WINDOW = {64: 1024, 128: 256, 256: 512}  # head size -> from where it is f
 class Variant:
     """Say what a kernel is compiled for."""
 
-    head_dim: int
+    head_dim: int  # of queries and keys
     dtype: torch.dtype
     window: int = 0  # 0: none, 1: the last tokens, 2: chunks
     has_softcap: bool = False
     sink_dtype: torch.dtype | None = None
+    has_shared: bool = False  # whether keys' last elements are the same for all heads
+
+    @property
+    def value_dim(self) -> int:
+        return SHARED_SIZES[self.head_dim][0] if self.has_shared else self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Return the keys of a tile."""
+        return SHARED_SIZES[self.head_dim][1] if self.has_shared else KEYS[self.head_dim]
+
+    @property
+    def warpgroups(self) -> int:
+        return 2 if self.has_shared else WARPGROUPS[self.head_dim]
+
+    @property
+    def query_buffers(self) -> int:
+        return 1 if self.has_shared else QUERY_BUFFERS[self.head_dim]
+
+    @property
+    def max_requests(self) -> int:
+        return MAX_SHARED_REQUESTS if self.has_shared else MAX_REQUESTS
 
     @property
     def shared_bytes(self) -> int:
-        rows = QUERY_BUFFERS[self.head_dim] * self.block_rows + 2 * STAGES * KEYS[self.head_dim]
+        """Return the shared memory of a block."""
+        queries = self.query_buffers * self.block_rows * self.head_dim
+        tiles = STAGES * self.keys * (self.head_dim + self.value_dim)
         staging = self.block_rows // 16 * STAGING_BYTES
-        return 2 * self.head_dim * rows + staging + 32 * STAGES + CLAIM_BYTES + REQUEST_BYTES * MAX_REQUESTS
+        return 2 * (queries + tiles) + staging + 32 * STAGES + CLAIM_BYTES + REQUEST_BYTES * self.max_requests
 
     @property
     def block_rows(self) -> int:
-        return WARPGROUPS[self.head_dim] * ROWS
+        return self.warpgroups * ROWS
 
     @property
     def num_threads(self) -> int:
-        return 128 * (1 + WARPGROUPS[self.head_dim])
+        return 128 * (1 + self.warpgroups)
 
 
 class Args(ctypes.Structure):
@@ -105,6 +132,21 @@ def can_prefill(
     )
 
 
+def can_prefill_shared(q: torch.Tensor, value_dim: int, shared_dim: int) -> bool:
+    """Return whether `prefill` takes q [T, H, D] with keys that share their last elements, and values of `value_dim`.
+
+    It does so for at most `MAX_SHARED_REQUESTS` prompts, whose keys, shared ones and values must be q's dtype and have
+    rows that begin at 16 bytes.
+    """
+    return (
+        is_available(q.device)
+        and SHARED_SIZES.get(q.shape[2], (0, 0))[0] == value_dim
+        and shared_dim == SHARED_DIM
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and _is_aligned(q)
+    )
+
+
 def _is_aligned(x: torch.Tensor) -> bool:
     """Return whether rows can be copied 16 bytes at a time."""
     return x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
@@ -122,11 +164,14 @@ def prefill(
     is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    shared_keys: torch.Tensor | None = None,
     num_parts: int | None = None,
 ) -> None:
     """Write the attention of the tokens after the first num_decodes, any number of each request, into `out`.
 
-    num_parts: into how many parts contexts are cut at most; the last block to have attended to a part merges them.
+    shared_keys [num_slots, P]: as if they stood behind each head's in k_cache. All slots of a request then follow each
+    other, from its `rows` on. num_parts: into how many parts contexts are cut at most; the last block to have attended
+    to a part merges them.
     """
     variant = Variant(
         q.shape[2],
@@ -134,6 +179,7 @@ def prefill(
         0 if window < 0 else 1 + is_chunked,
         softcap > 0,
         None if sinks is None else sinks.dtype,
+        shared_keys is not None,
     )
     num_kv_heads = k_cache.shape[1]
     group = q.shape[1] // num_kv_heads
@@ -145,9 +191,9 @@ def prefill(
         num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
     partial, num_works = None, (num_rows // block_rows + num_requests) * num_kv_heads
     if num_parts > 1:
-        num_sums = num_works * num_parts * 2 * block_rows * (q.shape[2] // 2 + 4)
+        num_sums = num_works * num_parts * 2 * block_rows * (variant.value_dim // 2 + 4)
         partial = torch.empty(num_sums, dtype=torch.float32, device=q.device)
-    num_arrivals = WARPGROUPS[variant.head_dim] * num_works if num_parts > 1 else 0
+    num_arrivals = variant.warpgroups * num_works if num_parts > 1 else 0
     counters = arrival_counters(q.device, 2 + num_arrivals)
     if only_compiles():
         compile_ahead(_kernel, variant, q.device)
@@ -161,7 +207,8 @@ def prefill(
         v_cache.stride(1), out.stride(0), table.stride(0), group, num_kv_heads, max(window, 0),
         num_parts, scale * LOG2_E, softcap * LOG2_E,
     )  # fmt: skip
-    maps = [_tensor_map(*_layout(cache), variant.dtype) for cache in (k_cache, v_cache)]
+    shared = k_cache if shared_keys is None else shared_keys[:, None]  # read by no kernel without them
+    maps = [_tensor_map(*_layout(cache), variant.dtype) for cache in (k_cache, v_cache, shared)]
     num_blocks = min(card_of(q.device).num_sms, num_works * num_parts)
     _kernel(variant, q.device).launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
 
@@ -181,15 +228,17 @@ def _kernel(variant: Variant, device: torch.device) -> Kernel:
 def source(variant: Variant) -> str:
     """Return the source of a variant's kernel, for NVRTC."""
     is_half = variant.dtype == torch.float16
-    short, keys = "f16" if is_half else "bf16", KEYS[variant.head_dim]
-    num_scores, num_sums = keys // 2, variant.head_dim // 2  # registers of a thread
+    short, keys = "f16" if is_half else "bf16", variant.keys
+    num_scores, num_sums = keys // 2, variant.value_dim // 2  # registers of a thread
     defines = {
-        "HEAD_DIM": variant.head_dim,
+        "KEY_DIM": variant.head_dim,
+        "VALUE_DIM": variant.value_dim,
+        "SHARED_DIM": SHARED_DIM if variant.has_shared else 0,
         "KEYS": keys,
-        "WARPGROUPS": WARPGROUPS[variant.head_dim],
-        "QUERY_BUFFERS": QUERY_BUFFERS[variant.head_dim],
+        "WARPGROUPS": variant.warpgroups,
+        "QUERY_BUFFERS": variant.query_buffers,
         "STAGES": STAGES,
-        "MAX_REQUESTS": MAX_REQUESTS,
+        "MAX_REQUESTS": variant.max_requests,
         "IS_HALF": int(is_half),
         "WINDOW": variant.window,
         "HAS_SOFTCAP": int(variant.has_softcap),
@@ -200,7 +249,7 @@ def source(variant: Variant) -> str:
         "QK_OPERANDS": f'"%{num_scores}, %{num_scores + 1}"',
         "QK_ADD": f'"{num_scores + 2}"',
         "QK_SUMS": ", ".join(f'"+f"(s[{i}])' for i in range(num_scores)),
-        "PV_TYPE": f'"m64n{variant.head_dim}k16.f32.{short}.{short}"',
+        "PV_TYPE": f'"m64n{variant.value_dim}k16.f32.{short}.{short}"',
         "PV_D": _operands(0, num_sums),
         "PV_OPERANDS": '"{" ' + _operands(num_sums, num_sums + 4) + f' "}}, %{num_sums + 4}"',
         "PV_ADD": f'"{num_sums + 5}"',

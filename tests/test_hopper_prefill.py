@@ -1,6 +1,7 @@
 """The Hopper kernel of prompts: when it serves and how its work is cut; equal to the definition on a GPU alone."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from kernels.hopper_prefill import (
     LEAST_WINDOW,
     MAX_REQUESTS,
     RUN_SLOTS,
+    SHARED_DIM,
+    SHARED_SIZES,
     Variant,
     can_prefill,
+    can_prefill_shared,
     choose_num_parts,
     prefill,
     source,
@@ -102,6 +106,13 @@ def test_it_leaves_more_prompts_than_a_block_lists_to_triton(hopper: Any) -> Non
         assert can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch) == (num_prompts == MAX_REQUESTS)
 
 
+def test_keys_may_share_their_last_elements_in_sizes_that_fit(hopper: Any) -> None:
+    q = torch.zeros(5, 4, 192, dtype=BF16)
+    assert can_prefill_shared(q, 128, 64) and can_prefill_shared(torch.zeros(5, 4, 256, dtype=FP16), 256, 64)
+    for others in ((q, 192, 64), (q, 128, 32), (q.float(), 128, 64), (q[..., :128].contiguous(), 128, 64)):
+        assert not can_prefill_shared(*others)
+
+
 def test_a_cpu_has_other_kernels() -> None:
     batch = bench.attention.make_batch([(5, 30)], seed=0, device="cpu")
     assert not can_prefill(*make_inputs(batch, 4, 2, 64, BF16), batch)
@@ -116,6 +127,12 @@ def test_a_block_fits_into_a_multiprocessor(head_dim: int) -> None:
     assert variant.shared_bytes <= HOPPER_SHARED_BYTES
     assert variant.num_threads <= 512, "128 registers of each, or loaders have none to leave"
     assert KEYS[head_dim] % (2 * RUN_SLOTS) == 0, "two warps load a tile, in whole runs of slots"
+
+
+@pytest.mark.parametrize("head_dim", SHARED_SIZES)
+def test_a_block_fits_where_keys_share_elements(head_dim: int) -> None:
+    assert Variant(head_dim, BF16, has_shared=True).shared_bytes <= HOPPER_SHARED_BYTES
+    assert SHARED_SIZES[head_dim][1] % (2 * RUN_SLOTS) == 0
 
 
 def test_contexts_are_cut_as_long_as_multiprocessors_would_idle() -> None:
@@ -223,3 +240,30 @@ def test_slots_may_be_mapped_and_what_is_behind_a_window_may_be_anything() -> No
     found = torch.empty_like(q)
     prefill(q, mapped[0], mapped[1], batch, found, scale=0.1, window=50)
     assert (found.float() - expected).abs().max().item() < TOLERANCE[BF16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", SHARED_SIZES)
+@pytest.mark.parametrize("num_parts", [1, 3, None])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_keys_that_share_elements_equal_the_definition(
+    head_dim: int, num_parts: int | None, dtype: torch.dtype
+) -> None:
+    batch = bench.attention.make_batch([(150, 150), (40, 300), (700, 2100), (3, 77)], seed=0)
+    lens, value_dim, own_dim = batch.seq_lens, SHARED_SIZES[head_dim][0], head_dim - SHARED_DIM
+    starts = lens.cumsum(0, dtype=torch.int32) - lens
+    num_slots, num_tokens = int(lens.sum()), int(batch.q_lens_host.sum())
+    q = torch.randn(num_tokens, 3, head_dim, device="cuda").to(dtype)
+    made = torch.randn(num_slots, 3, own_dim + value_dim, device="cuda").to(dtype)
+    shared = torch.randn(num_slots, 500 + SHARED_DIM, device="cuda").to(dtype)[:, -SHARED_DIM:]
+    keys, values = torch.cat((made[..., :own_dim], shared[:, None].expand(-1, 3, -1)), dim=2), made[..., own_dim:]
+    slots = torch.arange(num_slots, dtype=torch.int32, device="cuda")
+    table = torch.stack([slots.roll(-int(start)) for start in starts])
+    expected = attention_torch(
+        q.float(), keys.float(), values.float(), replace(batch, slot_table=table, rows=torch.arange(4, device="cuda")),
+        scale=0.07,
+    )  # fmt: skip
+    found = torch.full((num_tokens, 3, value_dim), float("nan"), dtype=dtype, device="cuda")
+    in_a_row = replace(batch, rows=starts)
+    prefill(q, made[..., :own_dim], values, in_a_row, found, scale=0.07, shared_keys=shared, num_parts=num_parts)
+    assert (found.float() - expected).abs().max().item() < TOLERANCE[dtype]
