@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+FEW_TOKENS = 16  # of products for which the matrices' bytes and the launch count, not the operations
+
 
 class LatentSizes(NamedTuple):
     """The sizes of a head."""
@@ -41,7 +43,7 @@ def absorb(q: torch.Tensor, expansion: Expansion) -> torch.Tensor:
     """Take the parts of queries that are not rotated to the latents' space: [T, H, N] -> [T, H, R]."""
     keys = expansion.by_head[:, : expansion.sizes.key_dim]
     absorbed = q.new_empty(*q.shape[:2], expansion.sizes.rank)
-    torch.bmm(q.transpose(0, 1), keys, out=absorbed.transpose(0, 1))
+    _multiply_heads(q, keys, absorbed)
     return absorbed
 
 
@@ -51,4 +53,14 @@ def values_of(found: torch.Tensor, expansion: Expansion, out: torch.Tensor) -> N
     if found.is_cpu and found.dtype.itemsize == 2:  # a transposed matrix takes five times as long: the small one then
         out.copy_(torch.bmm(values, found.permute(1, 2, 0)).permute(2, 0, 1))
         return
-    torch.bmm(found.transpose(0, 1), values.transpose(1, 2), out=out.transpose(0, 1))
+    _multiply_heads(found, values.transpose(1, 2), out)
+
+
+def _multiply_heads(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Write x @ weight of each head into `out`: x [T, H, I], weight [H, I, O]."""
+    if x.is_cuda and len(x) <= FEW_TOKENS and x.dtype.itemsize == 2:
+        from kernels.triton_latents import head_products  # here: a machine without a GPU need not have triton
+
+        head_products(x, weight, out)
+        return
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))

@@ -9,7 +9,7 @@ import triton.language as tl
 from kernels.attention_batch import AttentionBatch, HeadRotation, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.tile_sizes import fitting
-from kernels.triton_elementwise import prefetch_to_l2, store_in_cache
+from kernels.triton_elementwise import launch_options, prefetch_to_l2, store_in_cache
 from kernels.triton_softmax import (
     LOG2_E,
     DecodeConfig,
@@ -35,6 +35,8 @@ from kernels.triton_softmax import (
 from kernels.tuning import Configs
 
 MIN_DOT_ROWS = 16
+MOST_MERGED_LATER = 4  # requests
+MERGED_PARTS, MERGED_COLUMNS = 128, 64  # that a program of `_merge_kernel` holds
 
 # Most requests that a configuration is for. A few are made for latency, many to fill the chip.
 DECODE_LIMITS = (4, 16, 1 << 20)
@@ -90,7 +92,8 @@ def decode(
 
     Every program takes an equal run of the tiles of all requests and heads ("stream-K", Osama et al. 2023), so that
     any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
-    result, and the last to arrive at a request merges them: no second kernel, and none of this for whole requests.
+    result, and the last to arrive at a request merges them: no second kernel, and none of this for whole requests. But
+    the latents of a few requests, of which programs leave many wide results, have a second kernel for that.
     On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
 
     launch_beside: on Hopper, launches a kernel to run beside this one, on all but `num_free_sms` multiprocessors: as
@@ -121,9 +124,10 @@ def decode(
             q, k_cache, v_cache, rotated, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale,
             window, is_chunked, softcap, slopes, prefix_config,
         )  # fmt: skip
+    is_merged_later = rotated is not None and num_requests <= MOST_MERGED_LATER
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
-    merge_registers = 64 if num_requests <= 4 else 32
+    merge_registers = 0 if is_merged_later else 64 if num_requests <= 4 else 32
     settings = launch_settings(q, k_cache, v_cache, rotated, window, is_chunked, softcap, config)
     if launch_beside is not None:
         launch_beside()
@@ -160,7 +164,31 @@ def decode(
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * next_power_of_2(v_dim))),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
         HAS_PREFETCH=settings["PDL"] and config.has_prefetch,
+        IS_MERGED_LATER=is_merged_later,
     )
+    if is_merged_later:
+        num_heads = q.shape[1]
+        _merge_kernel[(num_requests * num_heads, cdiv(v_dim, MERGED_COLUMNS))](
+            out,
+            batch.seq_lens,
+            shared.own_starts if shared is not None else None,
+            partial,
+            partial_lse,
+            num_requests,
+            num_programs,
+            num_splits,
+            OUT_STRIDE=out.stride(0),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=num_heads // num_kv_heads,
+            V_DIM=v_dim,
+            BLOCK_B=block_requests(num_requests),
+            BLOCK_GROUP=block_group,
+            BLOCK_N=config.block_n,
+            BLOCK_P=MERGED_PARTS,
+            BLOCK_V=MERGED_COLUMNS,
+            PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
+            **launch_options(q.device, num_warps=4),
+        )
 
 
 def _prefix_partials(
@@ -278,6 +306,7 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     HAS_PREFETCH: tl.constexpr,
+    IS_MERGED_LATER: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -414,37 +443,38 @@ def _decode_kernel(
             tl.store(pointers, result, mask=is_element)
             tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
 
-            first_program = _program_of(row_begin, share, rest)
-            num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
-            tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
-            arrival = arrivals + request * NUM_KV_HEADS + kv_head
-            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
-                tl.store(arrival, 0)
-                first_begin = first_program * share + tl.minimum(first_program, rest)
-                prefix_first = 2 * num_programs + request * NUM_KV_HEADS + kv_head
-                num_prefix = 0
-                if own_starts is not None:
-                    num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
-                merged, lse = _merge(
-                    partial,
-                    partial_lse,
-                    2 * first_program + (row_begin != first_begin).to(tl.int32),
-                    2 * first_program,
-                    num_own,
-                    prefix_first,
-                    num_requests * NUM_KV_HEADS,
-                    num_prefix,
-                    GROUP,
-                    V_DIM,
-                    BLOCK_P,
-                    BLOCK_GROUP,
-                    BLOCK_V,
-                )
-                merged_pointers = out + out_row + g[:, None] * V_DIM + v_columns[None, :]
-                mask = (g < GROUP)[:, None] & (v_columns < V_DIM)[None, :]
-                if sinks is not None:
-                    merged *= share_beside_sink(lse, sinks, kv_head * GROUP + g, g < GROUP)[:, None]
-                tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
+            if not IS_MERGED_LATER:
+                first_program = _program_of(row_begin, share, rest)
+                num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
+                tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
+                arrival = arrivals + request * NUM_KV_HEADS + kv_head
+                if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
+                    tl.store(arrival, 0)
+                    first_begin = first_program * share + tl.minimum(first_program, rest)
+                    prefix_first = 2 * num_programs + request * NUM_KV_HEADS + kv_head
+                    num_prefix = 0
+                    if own_starts is not None:
+                        num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
+                    merged, lse = _merge(
+                        partial,
+                        partial_lse,
+                        2 * first_program + (row_begin != first_begin).to(tl.int32),
+                        2 * first_program,
+                        num_own,
+                        prefix_first,
+                        num_requests * NUM_KV_HEADS,
+                        num_prefix,
+                        GROUP,
+                        V_DIM,
+                        BLOCK_P,
+                        BLOCK_GROUP,
+                        BLOCK_V,
+                    )
+                    merged_pointers = out + out_row + g[:, None] * V_DIM + v_columns[None, :]
+                    mask = (g < GROUP)[:, None] & (v_columns < V_DIM)[None, :]
+                    if sinks is not None:
+                        merged *= share_beside_sink(lse, sinks, kv_head * GROUP + g, g < GROUP)[:, None]
+                    tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
         work += num_taken
     if PDL:  # noqa: SIM102
         if is_beside != 0:
@@ -535,6 +565,84 @@ def _merge(
         acc = acc * alpha[:, None] + tl.sum(values * weights[:, :, None], axis=0)
         m = new_m
     return acc / l[:, None], m + tl.log2(l)
+
+
+@fast_launch
+@attention_kernel
+def _merge_kernel(
+    out,
+    seq_lens,
+    own_starts,
+    partial,
+    partial_lse,
+    num_requests,
+    num_programs,
+    num_splits,
+    OUT_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PREFIX_BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge some columns of what `num_programs` of `_decode_kernel`, and parts of a prefix, found for a head."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    request = tl.program_id(0) // (NUM_KV_HEADS * GROUP)
+    head = tl.program_id(0) % (NUM_KV_HEADS * GROUP)
+    kv_head = head // GROUP
+    i = tl.arange(0, BLOCK_B)
+    is_request = i < num_requests
+    lens = tl.load(seq_lens + i, mask=is_request, other=0)
+    prefix_len = tl.sum(lens, axis=0) * 0
+    if own_starts is not None:
+        firsts = tl.load(own_starts + i, mask=is_request, other=0)
+        prefix_len = tl.sum(tl.where(i == request, firsts, 0), axis=0)
+        lens -= firsts
+    all_tiles = (lens + BLOCK_N - 1) // BLOCK_N * NUM_KV_HEADS
+    num_tiles = tl.sum(tl.where(i == request, all_tiles, 0), axis=0) // NUM_KV_HEADS
+    total = tl.sum(all_tiles, axis=0)
+    row_begin = tl.sum(tl.where(i < request, all_tiles, 0), axis=0) + kv_head * num_tiles
+    share = total // num_programs
+    rest = total % num_programs
+    first_program = _program_of(row_begin, share, rest)
+    num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if (num_tiles > 0) & ((num_own > 1) | (prefix_len > 0)):  # else its program wrote the result
+        first_begin = first_program * share + tl.minimum(first_program, rest)
+        first_own = 2 * first_program + (row_begin != first_begin).to(tl.int32)
+        base_prefix = 2 * num_programs + request * NUM_KV_HEADS + kv_head
+        num_prefix = prefix_len * 0
+        if own_starts is not None:
+            num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
+        p = tl.arange(0, BLOCK_P)
+        v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+        m = float("-inf")
+        l = 0.0
+        acc = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, num_own + num_prefix, BLOCK_P):
+            piece = start + p
+            own = tl.where(piece == 0, first_own, 2 * (first_program + piece))
+            of_prefix = base_prefix + (piece - num_own) * num_requests * NUM_KV_HEADS
+            row = tl.where(piece < num_own, own, of_prefix).to(tl.int64) * BLOCK_GROUP + head % GROUP
+            is_piece = piece < num_own + num_prefix
+            lse = tl.load(partial_lse + row, mask=is_piece, other=float("-inf"))
+            mask = is_piece[:, None] & (v < V_DIM)[None, :]
+            values = tl.load(partial + row[:, None] * V_DIM + v[None, :], mask=mask, other=0.0)
+            new_m = tl.maximum(m, tl.max(lse, axis=0))
+            weights = tl.exp2(lse - new_m)
+            alpha = tl.exp2(m - new_m)
+            l = l * alpha + tl.sum(weights, axis=0)
+            acc = acc * alpha + tl.sum(values * weights[:, None], axis=0)
+            m = new_m
+        to = out + request.to(tl.int64) * OUT_STRIDE + head * V_DIM + v
+        tl.store(to, (acc / l).to(out.dtype.element_ty), mask=v < V_DIM)
 
 
 @fast_launch

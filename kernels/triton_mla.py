@@ -1,5 +1,7 @@
 """Multi-head latent attention in Triton: the kernels of `triton_decode` and `triton_prefill`, on latents or expanded.
 
+Prompts whose keys are expanded go to `hopper_prefill` where it serves.
+
 The definition is `kernels.mla.latent_attention_torch`.
 """
 
@@ -11,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels import hopper_prefill
 from kernels.attention import SameBatch, gather
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.card import card_of
 from kernels.latents import Expansion, LatentSizes, absorb, values_of
-from kernels.launch import next_power_of_2
+from kernels.launch import cdiv, next_power_of_2
 from kernels.tile_sizes import MIN_BLOCK, fitting
 from kernels.triton_decode import DECODE_LIMITS, decode
 from kernels.triton_prefill import prefill
@@ -29,12 +32,14 @@ SMALL_GROUP = 16
 EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
 
 
-def default_decode_config(_rank: int, _group: int, _limit: int) -> DecodeConfig:
+def default_decode_config(_rank: int, group: int, _limit: int) -> DecodeConfig:
     """Return the configuration of sizes that no table has.
 
     Eight warps hold the results of 64 heads, and 16 heads of four warps would spill.
     """
-    return DecodeConfig(block_n=32, num_warps=8, num_stages=3, programs_per_sm=1)
+    if group > 32:
+        return DecodeConfig(block_n=32, num_warps=8, num_stages=3, programs_per_sm=1)
+    return DecodeConfig(block_n=64, num_warps=8, num_stages=2, programs_per_sm=1)
 
 
 def default_absorbed_config(_rank: int) -> PrefillConfig:
@@ -180,13 +185,13 @@ class _Piece:
 
 
 @functools.lru_cache(maxsize=2)
-def _pieces(key: SameBatch, most_tokens: int) -> list[_Piece]:
+def _pieces(key: SameBatch, most_tokens: int, most_prompts: int) -> list[_Piece]:
     """Cut a step's prompts into runs with contexts of at most `most_tokens`, if they are more than one."""
     batch = key.batch
     lens, pieces, first = batch.seq_lens_host, [], batch.num_decodes
     while first < len(lens):
         ends = np.cumsum(lens[first:])
-        last = first + max(int(np.searchsorted(ends, most_tokens, side="right")), 1)
+        last = first + min(max(int(np.searchsorted(ends, most_tokens, side="right")), 1), most_prompts)
         pieces.append(_piece(batch, first, last))
         first = last
     return pieces
@@ -222,19 +227,28 @@ def _expanded(
 ) -> None:
     """Write the attention of prompts into `out`: their contexts' keys and values are made.
 
-    Of a context that is too long for `EXPANDED_BYTES` they are made head by head: for each number of heads there is
-    another kernel.
+    Of a context that is too long for `EXPANDED_BYTES` they are made for some heads at a time; for one at a time where
+    each number of heads would be another kernel.
     """
     n, rank, num_heads = expansion.sizes.key_dim, expansion.sizes.rank, q.shape[1]
     head_bytes = (n + expansion.sizes.value_dim) * q.dtype.itemsize  # of a token
-    for piece in _pieces(SameBatch(batch), EXPANDED_BYTES // (head_bytes * num_heads)):
+    is_hopper = rank % 8 == 0 and hopper_prefill.can_prefill_shared(q, expansion.sizes.value_dim, q.shape[2] - n)
+    most_prompts = hopper_prefill.MAX_SHARED_REQUESTS if is_hopper else len(batch.rows)
+    for piece in _pieces(SameBatch(batch), EXPANDED_BYTES // (head_bytes * num_heads), most_prompts):
         latents = gather(cache, piece.slots, q.dtype)[:, 0]
-        step = num_heads if head_bytes * num_heads * len(latents) <= EXPANDED_BYTES else 1
+        num_parts = cdiv(head_bytes * num_heads * len(latents), EXPANDED_BYTES)
+        step = num_heads if num_parts == 1 else cdiv(num_heads, num_parts) if is_hopper else 1
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
             part = expansion.of_heads(heads)
             made = F.linear(latents[:, :rank], part.weight).unflatten(1, (part.num_heads, -1))
-            prefill(
-                q[:, heads, :n], made[..., :n], made[..., n:], piece, out[:, heads], scale=scale,
-                rotated=Rotated(q[:, heads, n:], latents[:, rank:]), config=config,
-            )  # fmt: skip
+            keys, values, rotated = made[..., :n], made[..., n:], latents[:, rank:]
+            if is_hopper:
+                hopper_prefill.prefill(
+                    q[:, heads], keys, values, piece, out[:, heads], scale=scale, shared_keys=rotated
+                )
+            else:
+                prefill(
+                    q[:, heads, :n], keys, values, piece, out[:, heads], scale=scale,
+                    rotated=Rotated(q[:, heads, n:], rotated), config=config,
+                )  # fmt: skip

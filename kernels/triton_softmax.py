@@ -146,7 +146,7 @@ def block_requests(num_requests: int) -> int:
 attention_kernel = triton.jit(
     do_not_specialize=[
         "num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window", "is_beside",
-        "min_split_len",
+        "min_split_len", "num_programs",
     ],
     do_not_specialize_on_alignment=[
         "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",

@@ -56,7 +56,7 @@ PREFILL_CANDIDATES = [PrefillConfig(64, 64, 4, 3), PrefillConfig(128, 64, 8, 2),
 PROMPT_LEN = 2048
 # By the fields of `LatentConfigs`.
 LATENT_CANDIDATES: dict[str, list[Any]] = {
-    "decode": [DecodeConfig(32, 8, 3, 1), DecodeConfig(64, 8, 2, 1), DecodeConfig(16, 8, 3, 2)],
+    "decode": [DecodeConfig(32, 8, 3, 1), DecodeConfig(64, 8, 2, 1), DecodeConfig(32, 4, 2, 3)],
     "absorbed": [PrefillConfig(64, 32, 8, 2), PrefillConfig(64, 64, 8, 2), PrefillConfig(64, 16, 8, 3)],
     "expanded": [PrefillConfig(128, 64, 8, 2), PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)],
 }

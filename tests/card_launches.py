@@ -26,7 +26,7 @@ from kernels import (
 from kernels.attention_batch import HeadRotation
 from kernels.card import HOPPER, OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
 from kernels.hopper import ARCHITECTURE
-from kernels.latents import Expansion, LatentSizes
+from kernels.latents import FEW_TOKENS, Expansion, LatentSizes
 from kernels.launch import cdiv
 from kernels.peer_memory import PeerMemory
 from kernels.quantized_format import FP8, Format
@@ -44,6 +44,7 @@ from kernels.triton_experts import (
     tile_height,
 )
 from kernels.triton_gemm import gemv
+from kernels.triton_latents import head_products
 from kernels.triton_likeliest import likeliest_triton
 from kernels.triton_mla import latent_attention_triton
 from kernels.triton_quantized_gemm import gemm_8bit
@@ -176,6 +177,15 @@ def latent_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[t
         for cache in caches:
             for batch in batches:
                 yield f"latent attention {shape} {dtype} {cache}", latent_attention_of(shape, dtype, cache, batch)
+        num_heads, key_dim, _, value_dim, rank = shape
+        if dtype != F32:
+            keys, values = empty(num_heads, key_dim, rank, dtype=dtype), empty(num_heads, value_dim, rank, dtype=dtype)
+            found, out = empty(FEW_TOKENS, num_heads, rank, dtype=dtype), empty(FEW_TOKENS, num_heads, 256, dtype=dtype)
+            yield f"latent products {shape} {dtype}", partial(head_products, out[..., :key_dim], keys, found)
+            yield (
+                f"latent products {shape} {dtype}",
+                partial(head_products, found, values.transpose(1, 2), out[..., :value_dim]),
+            )
 
 
 def latent_attention_of(
@@ -324,9 +334,11 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     for tiling in fp4_experts.TILINGS.values() if card.capability >= HOPPER else ():
         text = fp4_experts.source(tiling, "clamped_swiglu")
         yield f"fp4_experts {tiling}", text, card.architecture, tiling.shared_bytes
-    for head_dim in hopper_prefill.KEYS if card.is_hopper else ():
-        for variant in (hopper_prefill.Variant(head_dim, wide), hopper_prefill.Variant(head_dim, half, 1, True, F32)):
-            yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
+    prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
+    prompts += [hopper_prefill.Variant(head_dim, half, 1, True, F32) for head_dim in hopper_prefill.KEYS]
+    prompts += [hopper_prefill.Variant(head_dim, wide, has_shared=True) for head_dim in hopper_prefill.SHARED_SIZES]
+    for variant in prompts if card.is_hopper else ():
+        yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
     for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
         group = num_heads // num_kv_heads
         if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:

@@ -25,8 +25,8 @@ from engine.layers.moe import StackedLinear
 from engine.model_config import LatentConfig
 from engine.models.names import pieces_of
 from engine.models.registry import build_model, load_config
-from kernels import triton_mla
-from kernels.attention import SameBatch
+from kernels import hopper_prefill, triton_mla
+from kernels.attention import SameBatch, prompt_torch
 from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent_torch
 from kernels.latents import Expansion, LatentSizes
@@ -217,6 +217,20 @@ def test_latents_stand_for_the_keys_and_values_that_are_made_of_them(
     check(kernel(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_a_few_tokens_are_multiplied_by_each_heads_matrix(num_tokens: int) -> None:
+    from kernels.triton_latents import head_products
+
+    random = torch.Generator().manual_seed(0)
+    x, by_head = torch.randn(num_tokens, 3, 40, generator=random), torch.randn(3, 50, 24, generator=random)
+    queries, found = x[..., :20], torch.empty(num_tokens, 3, 24)  # a part of each, as of queries
+    head_products(queries, by_head[:, :20], found)
+    torch.testing.assert_close(found, torch.einsum("thi,hio->tho", queries, by_head[:, :20]))
+    values = torch.empty(num_tokens, 3, 30)
+    head_products(found, by_head[:, 20:].transpose(1, 2), values)
+    torch.testing.assert_close(values, torch.einsum("thi,hoi->tho", found, by_head[:, 20:]))
+
+
 def test_a_prompt_goes_the_way_of_less_work() -> None:
     assert {SIZES.saved_by_absorbing(q_len, seq_len) > 0 for q_len, seq_len in MIXED if q_len > 1} == {True, False}
     batch = make_batch([(2, 90)], seed=0, device=DEVICE)
@@ -241,6 +255,33 @@ def test_contexts_may_be_expanded_piece_by_piece(most_bytes: int, monkeypatch: p
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
 
 
+def test_expanded_prompts_go_to_the_hopper_kernel_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def prefill(q: Any, keys: Any, values: Any, batch: Any, out: torch.Tensor, **options: Any) -> None:
+        """Read what the kernel does: contexts from `rows` on, with the shared parts of keys behind a head's own."""
+        calls.append((q.shape[1], len(batch.rows)))
+        shared = options["shared_keys"][:, None].expand(-1, q.shape[1], -1)
+        lens = zip(batch.cu_q_lens.tolist(), batch.rows.tolist(), batch.q_lens_host, batch.seq_lens_host, strict=False)
+        for first, row, q_len, seq_len in lens:
+            all_keys = torch.cat((keys, shared), dim=2)[row : row + seq_len]
+            of_prompt = prompt_torch(
+                q[first : first + q_len], all_keys, values[row : row + seq_len], int(seq_len), scale=options["scale"]
+            )
+            out[first : first + q_len] = of_prompt
+
+    monkeypatch.setattr(hopper_prefill, "can_prefill_shared", lambda q, value_dim, shared_dim: True)
+    monkeypatch.setattr(hopper_prefill, "MAX_SHARED_REQUESTS", 2)
+    monkeypatch.setattr(hopper_prefill, "prefill", prefill)
+    batch = make_batch([(1, 9), (7, 7), (20, 22), (6, 6)], seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    for most_bytes, expected in ((1 << 20, [(4, 2), (4, 1)]), (4 * 22 * 4 * 28 // 2, [(4, 1), (2, 1), (2, 1), (4, 1)])):
+        calls.clear()
+        monkeypatch.setattr("kernels.triton_mla.EXPANDED_BYTES", most_bytes)
+        check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+        assert calls == expected
+
+
 def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = 1, 16, 20, 64, 96, 128
     for number, expected in ((90, [1, 1, 1, 1, 2, 2]), (86, [1, 1, 1, 1, 2, 2]), (75, [1, 1, 2, 4, 6, 8])):
@@ -253,7 +294,9 @@ def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: 
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
 
 
-def test_latents_that_requests_share_are_read_once() -> None:
+@pytest.mark.parametrize("most_merged_later", [0, 4])
+def test_latents_that_requests_share_are_read_once(most_merged_later: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.triton_decode.MOST_MERGED_LATER", most_merged_later)
     batch = make_batch([(1, 50), (1, 3), (1, 45), (1, 41)], groups=[(40, [0, 2, 3])], seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, torch.float32)
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
