@@ -16,7 +16,14 @@ from engine.schedule.plan import FeaturePart, Groups, Plan
 from engine.schedule.rows import Rows
 from engine.step.batch import BATCH_FIELDS, GROUP_FIELDS, SAMPLE_FIELDS, StagedBatch, Stager
 from engine.step.batch import plan_of as read_plan
-from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, unpadded_sizes, useful_sizes
+from engine.step.cuda_graph import (
+    MAX_PROMPTS,
+    fitting_ladders,
+    largest_size,
+    rounded_up,
+    unpadded_sizes,
+    useful_sizes,
+)
 from engine.step.fields import FIELDS, Field, Layout, Size, StepShape
 
 
@@ -181,6 +188,12 @@ def test_steps_of_unpadded_sizes_have_a_graph_or_a_shape_just_as_large(num_decod
 
 def test_without_graphs_no_size_is_preferred() -> None:
     assert unpadded_sizes([], 4, has_groups=False, max_tokens=8192) == []
+    assert largest_size([], 4, has_groups=False) == 0
+
+
+@pytest.mark.parametrize(("num_decodes", "size"), [(0, 2048), (4, 2016), (40, 1024), (1000, 512)])
+def test_the_largest_graph_of_a_step_has_room_for_its_decodes(num_decodes: int, size: int) -> None:
+    assert largest_size(fitting_ladders(8192, 2117, 1024), num_decodes, has_groups=False) == size
 
 
 def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:

@@ -46,6 +46,9 @@ class ManualGraphs:
     def prompt_sizes(self, num_decodes: int, has_groups: bool) -> list[int]:
         return [] if has_groups or not num_decodes else [16, 32, 48, 64]
 
+    def most_prompt_tokens(self, num_decodes: int, has_groups: bool) -> int:
+        return 0 if has_groups or not num_decodes else 64
+
 
 class ManualRunner:
     """Stands in for ModelRunner: every request's next token is `TOKEN`, once `finish` is called for its step."""

@@ -1,5 +1,6 @@
 """The scheduler plays traffic without a model: a token is a function of what came before, so recomputation shows."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -572,6 +573,13 @@ def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, lengths: list[int
     plan = traffic.scheduler.schedule(PrefillBudget(8192, work=work, sizes=[896, 1280, 4096]))
     assert plan is not None
     assert plan.q_lens.tolist() == lengths
+
+
+@pytest.mark.parametrize(("work", "expected"), [(1990, 1990), (2400, 2016), (2600, 2600), (math.inf, 8192)])
+def test_a_chunk_keeps_to_the_largest_graph_unless_much_more_could_be_computed(work: float, expected: int) -> None:
+    budget = PrefillBudget(8192, work=work)
+    budget.keep_to_graph(2016)
+    assert budget.num_tokens_behind(0) == expected
 
 
 @pytest.mark.parametrize(("max_tokens", "cut"), [(880, 820), (860, 388), (1000, 836)])

@@ -13,6 +13,7 @@ from engine.schedule.cohort import Cohort
 from engine.state import RequestState
 
 SIZE_SLACK = 1.03  # times what a step's prompts may take, if they fill a size then
+GRAPH_SLACK = 1.25  # times a graph's tokens: a step that could have no more than so many keeps to the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,14 @@ class PrefillBudget:
         if self.max_tokens <= 0 or self.num_spent == self.num_filling > 0:
             return True
         return self.work <= 0 and self.min_tokens <= 0
+
+    def keep_to_graph(self, num_tokens: int) -> None:
+        """Take no more than the `num_tokens` of the largest graph, where only a little more could be computed.
+
+        Without a graph the host launches kernels one by one, and meanwhile nobody gets the tokens of the step before.
+        """
+        if self.work < GRAPH_SLACK * num_tokens:
+            self.max_tokens = min(self.max_tokens, num_tokens)
 
     def num_tokens_behind(self, context: int, num_left: int = sys.maxsize) -> int:
         """Return how long a chunk of a prompt's `num_left` tokens behind `context` may be: one token at least.

@@ -130,6 +130,10 @@ class StepGraphs:
             self._prompt_sizes[key] = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
         return self._prompt_sizes[key]
 
+    def most_prompt_tokens(self, num_decodes: int, has_groups: bool) -> int:
+        """Return how many prompt tokens the largest graph has, of those for such a step; 0: there is none."""
+        return largest_size(self.ladders, num_decodes, has_groups)
+
     def _takes_features(self, plan: Plan) -> bool:
         """Return whether the features of `plan` have rows in a graph's step."""
         return self._has_feature_rows and not plan.is_decode and plan.seen_until is None
@@ -275,13 +279,21 @@ def unpadded_sizes(ladders: Sequence[Ladder], num_decodes: int, has_groups: bool
     num_decodes, has_groups: of the step's other tokens. max_tokens: of all of a step.
     """
     sizes: list[int] = []
-    for ladder in ladders:
-        if num_decodes <= ladder.num_decodes and has_groups == ladder.has_groups:
-            sizes += [size for size in ladder.num_tokens if not sizes or size > sizes[-1]]
+    for ladder in _serving(ladders, num_decodes, has_groups):
+        sizes += [size for size in ladder.num_tokens if not sizes or size > sizes[-1]]
     num_tokens = num_decodes + (sizes[-1] if sizes else 0)
     while ladders and (num_tokens := _round_up(num_tokens + 1)) <= max_tokens:
         sizes.append(num_tokens - num_decodes)
     return sizes
+
+
+def largest_size(ladders: Sequence[Ladder], num_decodes: int, has_groups: bool) -> int:
+    """Return the most prompt tokens beside `num_decodes` others that a graph has; 0: there is none."""
+    return max((ladder.num_tokens[-1] for ladder in _serving(ladders, num_decodes, has_groups)), default=0)
+
+
+def _serving(ladders: Sequence[Ladder], num_decodes: int, has_groups: bool) -> list[Ladder]:
+    return [ladder for ladder in ladders if num_decodes <= ladder.num_decodes and has_groups == ladder.has_groups]
 
 
 def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
