@@ -34,6 +34,8 @@ MAX_SHARED_REQUESTS = 32  # where keys are shared, whose tiles leave less room
 REQUEST_BYTES = 20
 CLAIM_BYTES = 32 + 2 * 52 + 8  # barriers, works, sizes
 MAX_PARTS = 16
+MAX_LONG_PARTS = 4  # of contexts that are more than the multiprocessors
+PART_COST = 0.06  # of cutting contexts once more, as a share of attending to them: sums are written and merged
 LEAST_WINDOW = {64: 1024, 128: 256, 256: 512}  # head size -> from where it is faster than `triton_prefill`
 
 
@@ -214,8 +216,14 @@ def prefill(
 
 
 def choose_num_parts(num_works: int, num_places: int) -> int:
-    """Choose into how many parts contexts are cut: as many as keep all multiprocessors busy."""
-    return max(1, min(num_places // max(num_works, 1), MAX_PARTS))
+    """Choose into how many parts contexts are cut, so that all multiprocessors are busy, in the last round too."""
+    if num_works <= num_places:
+        return max(1, min(num_places // max(num_works, 1), MAX_PARTS))
+
+    def rounds(num_parts: int) -> float:
+        return cdiv(num_works * num_parts, num_places) / num_parts * (1 + PART_COST * (num_parts - 1))
+
+    return min(range(1, MAX_LONG_PARTS + 1), key=rounds)
 
 
 @functools.cache

@@ -139,6 +139,11 @@ def test_contexts_are_cut_as_long_as_multiprocessors_would_idle() -> None:
     assert [choose_num_parts(num_works, 132) for num_works in (8, 32, 66, 67, 132, 5000)] == [16, 4, 2, 1, 1, 1]
 
 
+def test_contexts_are_cut_where_the_last_round_would_leave_most_multiprocessors_idle() -> None:
+    chunks = {992: 1, 1120: 3, 1248: 2, 1504: 1, 1760: 2, 2016: 1}  # of Llama-3-8B: a work is 32 tokens of a KV head
+    assert {tokens: choose_num_parts(tokens // 32 * 8, 132) for tokens in chunks} == chunks
+
+
 @pytest.mark.parametrize(("dtype", "short"), [(BF16, "bf16"), (FP16, "f16")])
 def test_the_source_names_the_instructions_of_its_tiles(dtype: torch.dtype, short: str) -> None:
     text = source(Variant(256, dtype))
