@@ -123,7 +123,7 @@ def test_known_shapes_have_the_configurations_that_were_found_for_them(card: Cal
         assert GEMV_CONFIGS.get(CARD, 6144, 4096) == GemvConfig(4, 1024, 4, 4)
         assert GEMV_CONFIGS.get(CARD, 151936, 1024) == GemvConfig(2, 1024, 4, 1)
         assert SKINNY_CONFIGS.get(CARD, 6144, 1024, 32) == SkinnyConfig(16, 64, 2, 6)
-        assert DECODE_CONFIGS.get(CARD, 128, 4) == DecodeConfig(64, 4, 3, 1, True)
+        assert DECODE_CONFIGS.get(CARD, 128, 4) == DecodeConfig(32, 1, 4, 2)
         assert DECODE_CONFIGS.get(CARD, 128, 1 << 20) == DecodeConfig(32, 1, 4, 4)
         assert PREFILL_CONFIGS.get(CARD, 128) == PREFIX_CONFIGS.get(CARD, 128) == PrefillConfig(64, 64, 4, 3)
 
