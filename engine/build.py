@@ -38,7 +38,6 @@ from engine.schedule.scheduler import Scheduler
 from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
 from engine.step.batch import Stager
 from engine.step.cuda_graph import GraphSizes
-from engine.step.first_start import start_compilers_at_first_start
 from engine.step.host_memory import available_host_memory
 from engine.step.memory import GIB, MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
@@ -295,9 +294,7 @@ def build_runner(
     makes them, on the rank that does.
     """
     device = _set_device(config, comm)
-    if device.type == "cuda":
-        start_compilers_at_first_start(comm.size)
-    else:
+    if device.type != "cuda":
         end_compilers()  # a GPU was expected
     weights_bytes = _load_weights(model, folder, config, device)
     on_progress("weights loaded")

@@ -21,6 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kernels.folders import cache_folder
+
 logger = logging.getLogger(__name__)
 
 READY = b"r"  # what a process sends when it waits for a kernel
@@ -112,18 +114,6 @@ def start_compilers(num_processes: int) -> None:
             logger.info("kernels are compiled in this process alone: %s", error)
 
 
-def is_first_start() -> bool:
-    """Return whether Triton has never compiled anything here: all kernels will have to be. Imports nothing."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-    try:
-        return not any(cache.iterdir())
-    except FileNotFoundError:
-        return True
-    except OSError:  # whoever compiles will say
-        return False
-
-
 @atexit.register
 def end_compilers() -> None:
     """End them, if there are any."""
@@ -132,6 +122,8 @@ def end_compilers() -> None:
         if _compilers is not None:
             _compilers.close()
             _compilers = None
+            with contextlib.suppress(OSError):
+                cache_folder().mkdir(parents=True, exist_ok=True)  # the next start is not the first one
 
 
 def job_of(kernel: Any, specialization: str) -> bytes:

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from kernels.launch import cache_folder
+from kernels.folders import cache_folder
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.card import HOPPER, card_of
-from kernels.compilers import CompilingThreads, start_compilers
+from kernels.compilers import CompilingThreads
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +34,6 @@ def address(tensor: torch.Tensor | None) -> int | None:
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
-
-
-def cache_folder() -> Path:
-    """Return the folder of what later starts need not compile or time again; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radixloop"
 
 
 @functools.cache
@@ -83,10 +77,10 @@ def compile_ahead(compile: Callable[..., object], *args: Any) -> None:
 
 
 @contextlib.contextmanager
-def compiling_ahead(max_processes: int = 0) -> Iterator[None]:
+def compiling_ahead() -> Iterator[None]:
     """Compile the kernels that this thread's launches lack, many at once; all are ready when the context ends.
 
-    Nothing is launched in it, so results are arbitrary. max_processes: to start if it takes long.
+    Nothing is launched in it, so results are arbitrary.
     """
     import triton  # here: a machine without a GPU need not have it
 
@@ -96,7 +90,7 @@ def compiling_ahead(max_processes: int = 0) -> Iterator[None]:
     initializer = None
     if torch.cuda.is_available():
         initializer = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
-    notice = threading.Timer(SLOW_COMPILING_S, _compile_in_processes, [max_processes])
+    notice = threading.Timer(SLOW_COMPILING_S, logger.info, ["compiling kernels, for later starts too"])
     notice.start()
     new_threads = functools.partial(ThreadPoolExecutor, num_threads, "compiler", initializer)
     try:
@@ -110,15 +104,9 @@ def compiling_ahead(max_processes: int = 0) -> Iterator[None]:
                 future.result()
     finally:
         notice.cancel()
-        notice.join()  # or it would start processes when others have been ended
         _rehearsal = None
     if (took_s := time.perf_counter() - start) > SLOW_COMPILING_S:
         logger.info("compiled %d kernels in %.1f s", len(rehearsal.kernels), took_s)
-
-
-def _compile_in_processes(max_processes: int) -> None:
-    logger.info("compiling kernels, for later starts too")
-    start_compilers(max_processes)
 
 
 _loaded: set[tuple[str, ...]] = set()  # launchers of this process, by the types of their arguments

@@ -6,9 +6,12 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kernels.launch import cache_folder
+from kernels.folders import cache_folder
+from kernels.launch import compile_ahead, only_compiles
 
 logger = logging.getLogger(__name__)
 
@@ -65,3 +68,13 @@ def compile_source(name: str, source: str, architecture: str) -> bytes:
         unfinished.replace(path)
     logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
     return cubin
+
+
+def compile_sources(name: str, sources: Sequence[str], architecture: str) -> None:
+    """Compile several kernels of a name at once. In a rehearsal they are only begun: see `compile_ahead`."""
+    if only_compiles():
+        for source in sources:
+            compile_ahead(compile_source, name, source, architecture)
+    elif sources:
+        with ThreadPoolExecutor(len(sources)) as threads:
+            list(threads.map(lambda source: compile_source(name, source, architecture), sources))

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from kernels.card import card_of
-from kernels.launch import cache_folder
+from kernels.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 

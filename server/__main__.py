@@ -38,7 +38,7 @@ from engine.errors import EngineError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
-from engine.step.first_start import start_compilers_before_torch
+from engine.step.first_start import start_compilers_at_first_start
 from engine.watchdog import Watchdog
 from server.apis.files import FILE_STORE
 from server.app import build_app
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_paths(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
-            start_compilers_before_torch(config)
+            start_compilers_at_first_start(config)
             # Imports torch, which takes seconds, in which a signal ends the process; of `serve` it would wait for them.
             import engine.new_engine  # noqa: F401
 

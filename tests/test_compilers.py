@@ -15,9 +15,9 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.step import first_start
-from engine.step.first_start import start_compilers_before_torch
-from kernels import compilers, launch
+from kernels import compilers, launch, nvrtc
 from kernels.compilers import Compilers, CompilingThreads
+from kernels.folders import is_first_start
 
 COMPILE_AND_FIND = """
 import os, torch, triton
@@ -154,17 +154,24 @@ def test_a_thread_asks_a_process_first_and_then_finds_or_compiles_the_kernel(mon
     assert events == [("here", "a"), job, ("here", "b"), ("here", "unknown"), ("here", "unknown")]
 
 
-@pytest.mark.parametrize(("files", "is_first"), [(None, True), ([], True), (["kernel"], False)])
-def test_a_first_start_is_one_where_nothing_was_ever_compiled(
-    files: list[str] | None, is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("folders", "is_first"),
+    [
+        ([], True),
+        (["ours/radixloop"], True),
+        (["ours/radixloop", "triton"], True),
+        (["triton/another engine's"], True),
+        (["ours/radixloop", "triton/kernel"], False),
+    ],
+)
+def test_a_first_start_is_one_where_nothing_was_compiled_by_us_or_triton(
+    folders: list[str], is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "cache"
-    if files is not None:
-        cache.mkdir()
-        for name in files:
-            (cache / name).touch()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    assert compilers.is_first_start() == is_first
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert is_first_start() == is_first
 
 
 @pytest.mark.parametrize(
@@ -185,22 +192,30 @@ def test_one_process_alone_is_not_started() -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_gpu", "options", "num_ranks"),
+    ("has_gpu", "is_first", "options", "num_ranks"),
     [
-        (True, {}, 1),
-        (True, {"device": "cuda:1", "tp_size": 4}, 4),
-        (True, {"device": "cpu"}, None),
-        (True, {"dp_size": 2}, None),  # each replica starts its own
-        (False, {}, None),
+        (True, True, {}, 1),
+        (True, True, {"device": "cuda:1", "tp_size": 4}, 4),
+        (True, False, {}, None),
+        (True, True, {"device": "cpu"}, None),
+        (True, True, {"dp_size": 2}, None),  # each replica is a process of its own
+        (False, True, {}, None),
     ],
 )
 def test_a_server_starts_processes_before_all_else_where_it_will_have_a_gpu(
-    has_gpu: bool, options: dict[str, Any], num_ranks: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_gpu: bool,
+    is_first: bool,
+    options: dict[str, Any],
+    num_ranks: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[int] = []
     monkeypatch.setattr(first_start, "DRIVER", tmp_path if has_gpu else tmp_path / "none")
-    monkeypatch.setattr(first_start, "start_compilers_at_first_start", started.append)
-    start_compilers_before_torch(EngineConfig(model_path="demo", **options))
+    monkeypatch.setattr(first_start, "is_first_start", lambda: is_first)
+    monkeypatch.setattr(first_start, "num_processes", lambda num_ranks: num_ranks)
+    monkeypatch.setattr(first_start, "start_compilers", started.append)
+    first_start.start_compilers_at_first_start(EngineConfig(model_path="demo", **options))
     assert started == ([] if num_ranks is None else [num_ranks])
 
 
@@ -225,3 +240,23 @@ def test_what_is_compiled_ahead_is_compiled_once_before_the_rehearsal_ends() -> 
     assert sorted(compiled) == ["a", "b"]
     with pytest.raises(ZeroDivisionError), launch.compiling_ahead():
         launch.compile_ahead(divmod, 1, 0)
+
+
+def test_sources_in_cuda_are_compiled_at_once_and_in_a_rehearsal_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    begun, compiled = threading.Event(), []
+
+    def compile(name: str, source: str, architecture: str) -> bytes:
+        begun.wait(60)
+        compiled.append((name, source, architecture))
+        return b""
+
+    monkeypatch.setattr(nvrtc, "compile_source", compile)
+    with launch.compiling_ahead():
+        nvrtc.compile_sources("one", ["a", "b"], "sm_90")
+        assert not compiled
+        begun.set()
+    assert sorted(compiled) == [("one", "a", "sm_90"), ("one", "b", "sm_90")]
+    nvrtc.compile_sources("one", [], "sm_90")
+    nvrtc.compile_sources("one", ["c"], "sm_90")
+    assert compiled[2:] == [("one", "c", "sm_90")]

@@ -10,7 +10,6 @@ from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.step.fields import StepShape
-from engine.step.first_start import num_processes
 from engine.step.model_runner import ModelRunner
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.experts import ExpertShape
@@ -42,7 +41,7 @@ def compile_kernels(
         experts=expert_shapes(runner.model),
         dtype=runner.model.config.dtype,
     )
-    with runner.model.model.few_layers(), compiling_ahead(num_processes(runner.comm.size)):
+    with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             if runner.comm.rank == 0:  # the only one that samples
