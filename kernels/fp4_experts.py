@@ -6,15 +6,14 @@ what its part of the operand consists of.
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kernels.card import HOPPER, card_of
-from kernels.launch import address, cdiv
-from kernels.nvrtc import compile_source, has_nvrtc
+from kernels.launch import address, cdiv, only_compiles
+from kernels.nvrtc import compile_source, compile_sources, has_nvrtc
 from kernels.quantized_kernel import Kernel
 
 if TYPE_CHECKING:
@@ -93,6 +92,9 @@ def multiply(
     n = rows // 2 if act else rows
     tiling = tiling or TILINGS[by_expert.block_m]
     out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
+    if only_compiles():
+        _prepare(act, card_of(x.device).architecture)
+        return out
     num_blocks = cdiv(n, 16 * tiling.warps * (tiling.tiles // 2 if act else tiling.tiles))
     num_tiles = min(num_pairs, cdiv(num_pairs, by_expert.block_m) + num_experts)
     args = Args(
@@ -108,9 +110,7 @@ def multiply(
 @functools.cache
 def _prepare(act: str | None, architecture: str) -> None:
     """Compile the kernels of all tiles, at once."""
-    with ThreadPoolExecutor(len(TILINGS)) as threads:
-        sources = [source(tiling, act) for tiling in TILINGS.values()]
-        list(threads.map(lambda text: compile_source("fp4_experts", text, architecture), sources))
+    compile_sources("fp4_experts", [source(tiling, act) for tiling in TILINGS.values()], architecture)
 
 
 def source(tiling: Tiling, act: str | None) -> str:

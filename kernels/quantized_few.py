@@ -4,14 +4,13 @@ A kernel is compiled for each kind of weight and number of tokens: all of a kind
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from kernels.card import HOPPER, card_of
-from kernels.launch import address, cdiv, next_power_of_2, num_sms
-from kernels.nvrtc import compile_source, has_nvrtc
+from kernels.launch import address, cdiv, next_power_of_2, num_sms, only_compiles
+from kernels.nvrtc import compile_source, compile_sources, has_nvrtc
 from kernels.quantized_kernel import (
     ACTS,
     Args,
@@ -122,6 +121,8 @@ def multiply_few(
                 residual=None if residual is None else residual[rows], out=out[rows],
             )  # fmt: skip
         return out
+    if only_compiles():  # which `prepare_few` does
+        return out
     columns = _most_columns(config, kind, k)
     args = Args(
         codes=codes.data_ptr(),
@@ -196,12 +197,8 @@ def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device) -> None
         if (config := few_config(kind, num_rows, k, token_tiles, is_gated, device))
     }
     new = [(tiles, config) for tiles, config in configs if (kind, tiles, config) not in _prepared]
-    if not new:
-        return
     _prepared.update((kind, tiles, config) for tiles, config in new)
-    target = card_of(device).architecture
-    with ThreadPoolExecutor(len(new)) as threads:
-        list(threads.map(lambda pair: compile_source("quantized_few", source(kind, *pair), target), new))
+    compile_sources("quantized_few", [source(kind, *pair) for pair in new], card_of(device).architecture)
 
 
 _prepared: set[tuple[Kind, int, FewConfig]] = set()
