@@ -147,7 +147,7 @@ def multiply_few(
         is_bias_float=bias is not None and bias.dtype == torch.float32,
         eps=eps,
     )
-    shared_bytes = _shared_bytes(config, kind, num_tokens, k)
+    shared_bytes = shared_bytes_of(config, kind, num_tokens, k)
     num_blocks = cdiv(n, 16 * config.warps_n * (config.tiles // 2 if act else config.tiles))
     kernel = _kernel(kind, token_tiles, config._replace(split=1, blocks=0), x.device)
     if token_tiles == 0:  # a block goes on to further rows
@@ -170,7 +170,7 @@ def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: to
     card = card_of(device)
     limit, max_split = card.shared_bytes, MAX_SPLIT if card.capability >= HOPPER else 1
     config = config._replace(split=min(config.split, max_split))
-    while _shared_bytes(config, kind, max(1, 8 * token_tiles), k) > limit:
+    while shared_bytes_of(config, kind, max(1, 8 * token_tiles), k) > limit:
         if config.split < max_split and 2 * config.split * config.warps_k <= k // CHUNK:
             config = config._replace(split=2 * config.split)
         elif config.stages > 2:
@@ -208,7 +208,8 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
     """Return the source of a kernel, for NVRTC."""
     defines = {
         "IS_ONE": int(token_tiles == 0),
-        "HAS_DIGITS": int(token_tiles == 0 and _has_digits(kind)),
+        "IS_CHAIN": 0,
+        "HAS_DIGITS": int(token_tiles == 0 and has_digits(kind)),
         "HELD_SCALES": 0 if kind.group_size or token_tiles else HELD_SCALES,
         "HELD_RESIDUALS": 0 if token_tiles else HELD_RESIDUALS,
         "TOKENS": max(token_tiles, 1),
@@ -217,7 +218,7 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
         "WARPS_K": config.warps_k,
         "STAGES": config.stages,
     }
-    return source_of(kind, defines, "quantized_few.cu")
+    return source_of(kind, defines, "quantized_one.cu", "quantized_few.cu")
 
 
 def _most_columns(config: FewConfig, kind: Kind, k: int) -> int:
@@ -226,13 +227,13 @@ def _most_columns(config: FewConfig, kind: Kind, k: int) -> int:
     return cdiv(k // unit, config.split) * unit
 
 
-def _shared_bytes(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int:
+def shared_bytes_of(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int:
     warps = config.warps_n * config.warps_k
     max_tokens = 1 if num_tokens == 1 else 8 * token_tiles_of(num_tokens)
     rings = warps * config.stages * kind.stage_bytes(config.tiles)
     x = 2 * num_tokens * (_most_columns(config, kind, k) + 8)
     group = kind.form.input_group if kind.form.inputs else 0
-    if num_tokens == 1 and _has_digits(kind):
+    if num_tokens == 1 and has_digits(kind):
         x_scales = 8 * (k // CHUNK)  # the sum of each chunk, and its unit
     else:
         x_scales = 4 * num_tokens * (k // group if group else 1)
@@ -243,7 +244,7 @@ def _shared_bytes(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int
     return 128 + max(rings + x + x_scales, sums)
 
 
-def _has_digits(kind: Kind) -> bool:
+def has_digits(kind: Kind) -> bool:
     """Return whether a single token is multiplied as integers of two digits."""
     form = kind.form
     return form.code == "int4" and form.table is None and form.inputs is None and kind.group_size >= CHUNK

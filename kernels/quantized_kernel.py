@@ -103,11 +103,11 @@ class Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "codes", "params", "scale", "x", "norm", "x_scale", "bias", "residual", "out",
+            "codes", "params", "scale", "x", "norm", "x_scale", "bias", "residual", "out", "arrivals",
         )),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "n", "k", "num_groups", "x_stride", "split", "act", "is_gated", "is_out_float",
-            "is_norm_float", "is_bias_float",
+            "is_norm_float", "is_bias_float", "first",
         )),
         ("eps", ctypes.c_float),
     )  # fmt: skip

@@ -14,7 +14,9 @@ struct Args {
   const void* bias;
   const void* residual;
   void* out;
+  u64* arrivals;  // of blocks at a chain's products
   int num_tokens, n, k, num_groups, x_stride, split, act, is_gated, is_out_float, is_norm_float, is_bias_float;
+  int first;  // the multiprocessor that has a product's first rows, of a chain
   float eps;
 };
 

@@ -16,6 +16,7 @@ from kernels import (
     gated_gemm,
     hopper_prefill,
     one_token,
+    quantized_chain,
     quantized_few,
     quantized_many,
     triton_bookkeeping,
@@ -322,9 +323,10 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
         for token_tiles in quantized_few.TOKEN_TILES:
             config = quantized_few.few_config(kind, num_rows, k, token_tiles, False, device)
             if config is not None:
-                room = quantized_few._shared_bytes(config, kind, max(1, 8 * token_tiles), k)
+                room = quantized_few.shared_bytes_of(config, kind, max(1, 8 * token_tiles), k)
                 text = quantized_few.source(kind, token_tiles, config)
                 yield f"quantized_few {name} {config}", text, card.architecture, room
+        yield from chain_sources(name, kind, k, card)
         for most_tokens in quantized_many.MOST_TOKENS if card.is_hopper else ():
             many = quantized_many.default_config(num_rows, k, kind.bits, most_tokens, 0)
             many = quantized_many.fitting(many, kind, k)
@@ -348,6 +350,13 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
+
+
+def chain_sources(name: str, kind: Kind, k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:
+    config = quantized_chain.chain_config(kind, k, torch.device("meta")) if card.capability >= HOPPER else None
+    if config is not None:
+        text, room = quantized_chain.source(kind, config, 4), quantized_chain.shared_bytes(kind, config, k)
+        yield f"quantized_chain {name} {config}", text, card.architecture, room
 
 
 # ---- the rest ----

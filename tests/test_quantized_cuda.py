@@ -185,7 +185,7 @@ def test_one_token_always_has_a_configuration_that_fits(card: Card, monkeypatch:
         kind = Kind(form, BF16, True, form.group_size, F32)
         for num_rows, k in ((4096, 14336), (8192, 28672), (64, 64)):
             config = quantized_few.few_config(kind, num_rows, k, 0, False, torch.device("cpu"))
-            assert config and quantized_few._shared_bytes(config, kind, 1, k) <= card.shared_bytes
+            assert config and quantized_few.shared_bytes_of(config, kind, 1, k) <= card.shared_bytes
             assert config.split == 1 or card.capability >= (9, 0)
 
 

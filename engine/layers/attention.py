@@ -217,7 +217,11 @@ class Attention(AnyAttention):
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> torch.Tensor:
-        batch, qkv, norms = self._project(x, batch, norm)
+        return self.answer(self.make_qkv(x, norm=norm), batch, pool)
+
+    def answer(self, qkv: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        """Return what products [T, (H + 2 Hkv) D] find, [T, H D]; keys and values go to the cache."""
+        batch, norms = self._own(batch), self._scaled(qkv)
         k_cache, v_cache = pool[self.layer_id]
         if self.rotates_all and norms[2] is None and fits_one_kernel(batch, self.backend):
             rotation = HeadRotation(*self._angles(batch), norms[0], norms[1], self.eps)
@@ -233,26 +237,27 @@ class Attention(AnyAttention):
         self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (queries, what they find), each [T, H, D]; single tokens' part of the second is left as it is."""
-        batch, qkv, norms = self._project(x, batch, norm)
-        q = self._rotate(qkv, batch, pool, norms)
+        batch, qkv = self._own(batch), self.make_qkv(x, norm=norm)
+        q = self._rotate(qkv, batch, pool, self._scaled(qkv))
         k_cache, v_cache = pool[self.layer_id]
         return q, self._unscaled(self.find(q, k_cache, v_cache, batch, has_decodes=False))
 
-    def _project(
-        self, x: torch.Tensor, batch: ForwardBatch, norm: Norm | None
-    ) -> tuple[ForwardBatch, torch.Tensor, HeadNormWeights]:
-        """Return (the step as this layer sees it, queries, keys and values [T, (H + 2 Hkv) D], their heads' norms)."""
+    def _own(self, batch: ForwardBatch) -> ForwardBatch:
+        """Return the step as this layer sees it."""
         if self.has_window_slots:
             assert batch.of_windows is not None
             batch = batch.of_windows
         if batch.seen_until is not None and not self.config.sees_ahead:
             batch = replace(batch, seen_until=None)
-        qkv = self.make_qkv(x, norm=norm)
+        return batch
+
+    def _scaled(self, qkv: torch.Tensor) -> HeadNormWeights:
+        """Return the weights of heads' norms, behind which keys and values are as the cache's scales have them."""
         scales = self.cache_scales
         if scales is None:
-            return batch, qkv, self.norm_weights
+            return self.norm_weights
         scales.shrink_(qkv)
-        return batch, qkv, scales.norms
+        return scales.norms
 
     def _angles(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return batch.rotation or (batch.positions, self.rotary.cos_sin)

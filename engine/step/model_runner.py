@@ -114,6 +114,13 @@ class Followers(Protocol):
     def close(self, close_comm: Callable[[], None]) -> None: ...
 
 
+class SingleTokens(Protocol):
+    """A way of single tokens through the model's weights that is shorter than that of the blocks."""
+
+    def take(self, batch: ForwardBatch) -> bool: ...
+    def __call__(self, batch: ForwardBatch, pool: CachePool) -> torch.Tensor: ...
+
+
 class ModelRunner:
     """Owns the model, the KV buffers and everything a step touches on the device."""
 
@@ -128,7 +135,7 @@ class ModelRunner:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
         self.splitter = StepSplitter(model.model, kv)
-        self._compiled: CompiledSteps | None = None
+        self._singles: SingleTokens | None = None
         self.graphs: StepGraphs | None = None
         self._graph_sizes: GraphSizes | None = None
         self.device = stager.device
@@ -189,8 +196,13 @@ class ModelRunner:
         self.graphs = graphs
 
     def compile_steps(self) -> None:
-        """Make what a CPU has in the place of graphs, of the weights as they are now."""
-        self._compiled = CompiledSteps.of(self.model, self.kv) if self.device.type == "cpu" else None
+        """Make the way of single tokens through the weights as they are now."""
+        if self.device.type == "cpu":
+            self._singles = CompiledSteps.of(self.model, self.kv)
+        elif self._is_cuda:
+            from engine.step.chained import ChainedSteps  # here: a machine without a GPU need not have triton
+
+            self._singles = ChainedSteps.of(self.model, self.device)
 
     def release_graphs(self) -> None:
         """Forget the graphs, and give what the allocator keeps back to the device."""
@@ -235,7 +247,7 @@ class ModelRunner:
                 self.stream.synchronize()
         # What other ranks were told to run must be run here too.
         self._worker.shutdown(wait=True, cancel_futures=self.ranks is None)
-        self.graphs = self._compiled = None  # before the ranks part: graphs hold what their collectives need
+        self.graphs = self._singles = None  # before the ranks part: graphs hold what their collectives need
         if self.ranks is not None:
             self.ranks.close(self.comm.close)
         self.kv.release()
@@ -420,8 +432,8 @@ class ModelRunner:
             batch = replace(batch, rotation=self.model.rotation_of(batch.rope))
         if self.kv.window_slots is not None:
             batch = batch.with_windows(self.kv.window_slots)
-        if self._compiled is not None and self._compiled.take(batch):
-            return self._compiled(batch, self.kv)
+        if self._singles is not None and self._singles.take(batch):
+            return self._singles(batch, self.kv)
         if corun is None:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun

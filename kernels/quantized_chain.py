@@ -1,0 +1,160 @@
+"""Products of one token that follow each other, in one kernel: codes are read on while blocks wait for each other.
+
+Between two kernels memory rests: blocks end, others begin, and read inputs before they have a use for codes. Here a
+block on each multiprocessor has a part of every product, and codes are copied ahead from one to the next:
+`quantized_chain.cu`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kernels.card import HOPPER, card_of
+from kernels.launch import address, cdiv, num_sms
+from kernels.nvrtc import compile_source
+from kernels.quantized_cuda import CudaQuantizedWeight
+from kernels.quantized_few import HELD_RESIDUALS, HELD_SCALES, can_multiply_few, has_digits
+from kernels.quantized_kernel import ACTS, Args, Kernel, Kind, source_of
+from kernels.quantized_layout import CHUNK, TILE
+from kernels.weights import Norm
+
+ATTENTION_BYTES = 24 << 10  # of shared memory that attention's block has room in beside a chain's
+MOST_STAGES = 16
+LEAST_BYTES = 16 << 20  # of a weight in the mean: smaller ones have not been measured, nor has more than 4 bits gained
+
+
+class ChainConfig(NamedTuple):
+    """Sizes into which products are cut: see `quantized_chain.cu`."""
+
+    tiles: int = 2
+    warps: int = 16
+    piece: int = 1
+    stages: int = 4
+
+
+class ChainedProduct(NamedTuple):
+    """out = act(norm(x) W^T + bias), added to what `out` holds if `is_sum`."""
+
+    weight: CudaQuantizedWeight
+    x: torch.Tensor  # [1, k]
+    out: torch.Tensor
+    bias: torch.Tensor | None = None
+    norm: Norm | None = None  # an RMS norm
+    act: str | None = None
+    is_sum: bool = False
+
+
+def can_chain(weights: Sequence[CudaQuantizedWeight], device: torch.device) -> bool:
+    """Return whether `multiply_chain` takes products with these weights, in the order they have them."""
+    if not can_multiply_few(device) or card_of(device).capability < HOPPER:
+        return False
+    kind, most_k = weights[0].kind, max(weight.k for weight in weights)
+    if not has_digits(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):
+        return False
+    fits = all(weight.kind == kind and weight.order is None and weight.n % (2 * TILE) == 0 for weight in weights)
+    return fits and chain_config(kind, most_k, device) is not None
+
+
+def multiply_chain(
+    products: Sequence[ChainedProduct], arrivals: torch.Tensor, config: ChainConfig | None = None
+) -> None:
+    """Compute products one after the other, of weights that `can_chain`.
+
+    arrivals: int64 [1] for any chains that are not computed at once, 0 at first.
+    """
+    kind, device = products[0].weight.kind, arrivals.device
+    num_blocks, most_k = num_sms(device), max(product.weight.k for product in products)
+    config = config or chain_config(kind, most_k, device)
+    assert config is not None
+    args, first = (Args * len(products))(), 0
+    for i, (weight, x, out, bias, norm, act, is_sum) in enumerate(products):
+        norm_weight = None if norm is None else norm.weight
+        args[i] = Args(
+            codes=weight.codes.data_ptr(),
+            params=address(weight.parameters),
+            scale=address(weight.scale),
+            x=x.data_ptr(),
+            norm=address(norm_weight),
+            x_scale=address(weight.input_scale),
+            bias=address(bias),
+            residual=out.data_ptr() if is_sum else None,
+            out=out.data_ptr(),
+            arrivals=arrivals.data_ptr(),
+            num_tokens=1,
+            n=weight.n,
+            k=weight.k,
+            num_groups=1 if weight.parameters is None else weight.parameters.shape[1],
+            x_stride=most_k + 8,
+            split=1,
+            act=ACTS[act] if act else 0,
+            is_gated=act is not None,
+            is_norm_float=norm_weight is not None and norm_weight.dtype == torch.float32,
+            is_bias_float=bias is not None and bias.dtype == torch.float32,
+            first=first,
+            eps=0.0 if norm is None else norm.eps,
+        )
+        first = (first + cdiv(weight.n, TILE * config.tiles)) % num_blocks
+    kernel = _kernel(kind, config, len(products), device)
+    kernel.launch(num_blocks, 1, shared_bytes(kind, config, most_k), (args,), device)
+
+
+@functools.cache
+def chain_config(kind: Kind, most_k: int, device: torch.device) -> ChainConfig | None:
+    """Return the configuration with the most stages that there is room for; None if there is for less than two."""
+    room = card_of(device).shared_bytes - ATTENTION_BYTES
+    config = ChainConfig(piece=2 if kind.bits == 4 else 1)
+    for stages in range(MOST_STAGES, 1, -1):
+        if shared_bytes(kind, config._replace(stages=stages), most_k) <= room:
+            return config._replace(stages=stages)
+    return None
+
+
+def shared_bytes(kind: Kind, config: ChainConfig, most_k: int) -> int:
+    """Return the shared memory of a block, as `quantized_chain.cu` lays it out."""
+    rows = TILE * config.tiles
+    sums = 2 * 4 * config.warps * (rows + 4)
+    group = kind.form.input_group if kind.form.inputs else 0
+    x_scales = 8 * (most_k // CHUNK) if has_digits(kind) else 4 * (most_k // group if group else 1)
+    held = (0 if kind.group_size else 4 * HELD_SCALES) + 2 * HELD_RESIDUALS
+    barriers = cdiv(16 * config.stages, 128) * 128
+    return 128 + barriers + config.stages * stage_bytes(kind, config) + sums + 2 * (most_k + 8) + x_scales + held
+
+
+def stage_bytes(kind: Kind, config: ChainConfig) -> int:
+    """Return the shared memory of a stage: codes, and parameters of all groups that it may have parts of."""
+    chunks = config.warps * config.piece
+    codes = chunks * kind.tile_bytes if kind.is_tiled else TILE * (CHUNK * chunks + CHUNK)
+    if not kind.group_size:
+        groups = 0
+    elif kind.group_size < CHUNK:
+        groups = chunks * kind.groups_of_tile
+    else:
+        of_group = kind.group_size // CHUNK
+        groups = chunks // of_group + (2 if chunks % of_group else 0)
+    return config.tiles * (codes + groups * 8 * kind.parameter_bytes)
+
+
+def source(kind: Kind, config: ChainConfig, num_products: int) -> str:
+    """Return the source of a kernel, for NVRTC."""
+    defines = {
+        "IS_CHAIN": 1,
+        "HAS_DIGITS": int(has_digits(kind)),
+        "HELD_SCALES": 0 if kind.group_size else HELD_SCALES,
+        "HELD_RESIDUALS": HELD_RESIDUALS,
+        "PRODUCTS": num_products,
+        "TILES": config.tiles,
+        "WARPS_N": 1,
+        "WARPS_K": config.warps,
+        "PIECE": config.piece,
+        "STAGES": config.stages,
+    }
+    return source_of(kind, defines, "hopper.cu", "quantized_one.cu", "quantized_chain.cu")
+
+
+@functools.cache
+def _kernel(kind: Kind, config: ChainConfig, num_products: int, device: torch.device) -> Kernel:
+    cubin = compile_source("quantized_chain", source(kind, config, num_products), card_of(device).architecture)
+    with torch.cuda.device(device):
+        return Kernel("quantized_chain", cubin, 32 * (config.warps + 1), device)
