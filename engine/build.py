@@ -42,7 +42,7 @@ from engine.step.host_memory import available_host_memory
 from engine.step.memory import GIB, MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
-from engine.step.warmup import compile_kernels, load_kernels, measure_step
+from engine.step.warmup import bytes_per_token, compile_kernels, load_kernels, measure_step
 from engine.step.window_memory import KVSplit, max_window
 from engine.text.grammar import GrammarCompiler, MaskFiller
 from engine.text.no_tokenizer import NoTokenizer
@@ -302,9 +302,9 @@ def build_runner(
         _connect(config, comm, store, device, on_progress)
 
     sizes = Sizes.of(config, model_config.context_length)
-    max_tokens = comm.minimum(max_graph_tokens(weights_bytes))
     graph_sizes = None
     if device.type == "cuda":
+        max_tokens = comm.minimum(max_graph_tokens(bytes_per_token(model, weights_bytes)))
         graph_sizes = choose_graph_sizes(config, sizes, model_config.is_generation, max_tokens)
     slot_table = torch.zeros(sizes.num_rows + 1, sizes.max_len, dtype=torch.int32, device=device)
     stager = Stager(sizes.max_staged_tokens, sizes.max_staged_requests, slot_table)

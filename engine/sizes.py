@@ -130,9 +130,9 @@ class Sizes:
         return num_tokens + self.page_size
 
 
-def max_graph_tokens(weights_bytes: int) -> int:
-    """Return the tokens of the largest step that a CUDA graph makes faster, for a rank with `weights_bytes`."""
-    return int(MAX_GRAPH_WORK / weights_bytes)
+def max_graph_tokens(bytes_per_token: int) -> int:
+    """Return the tokens of the largest step that a CUDA graph makes faster, of which each meets so much of weights."""
+    return int(MAX_GRAPH_WORK / bytes_per_token)
 
 
 def choose_graph_sizes(config: EngineConfig, sizes: Sizes, is_generation: bool, max_tokens: int) -> GraphSizes | None:

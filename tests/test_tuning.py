@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.layers.communicator import Communicator
-from engine.step.warmup import expert_shapes
+from engine.step.warmup import bytes_per_token, expert_shapes
 from kernels import launch, quantized_cuda, quantized_few, quantized_tasks, triton_tasks, tune, tuning
 from kernels.card import HOPPER, INTERPRETER, Card
 from kernels.experts import ExpertShape
@@ -379,6 +379,15 @@ def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeyp
 
 def note_into(launched: list[str]) -> Callable[..., None]:
     return lambda kernel, *_: launched.append(kernel.name)
+
+
+def test_a_token_meets_its_own_experts_alone(make_tiny_model: MakeTinyModel) -> None:
+    import transformers
+
+    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "hidden_size": 64}
+    model = TinyEngine(make_tiny_model(transformers.Qwen3MoeConfig, "qwen3-moe, tuned", **sizes)).model
+    num_layers, num_weights = len(model.model.layers), 3 * 32 * 64  # of an expert, in float32
+    assert bytes_per_token(model, 1 << 30) == (1 << 30) - num_layers * (8 * 4 - 3 * 2) * num_weights
 
 
 def test_the_experts_of_a_model_are_tuned_as_its_layers_multiply_by_them(make_tiny_model: MakeTinyModel) -> None:

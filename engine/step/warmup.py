@@ -72,6 +72,20 @@ def expert_shapes(model: CausalLM) -> list[ExpertShape]:
     return list(dict.fromkeys(shape for mixture in mixtures for shape in mixture.expert_shapes()))
 
 
+def bytes_per_token(model: CausalLM, weights_bytes: int) -> int:
+    """Return the bytes of this rank's weights that a token meets: of experts those of its own, as if in 16 bits.
+
+    weights_bytes: of all its weights.
+    """
+    for block in model.model.layers:
+        if isinstance(block.mlp, MoE):
+            experts, routing = block.mlp.experts, block.mlp.gate.routing
+            for weight in (experts.gate_up_proj.weight, experts.down_proj.weight):
+                weights_bytes -= sum(tensor.nbytes for _, tensor in weight.tensors())
+                weights_bytes += 2 * weight.n * weight.k * routing.top_k // routing.num_experts
+    return weights_bytes
+
+
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
     """Bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row.
 
