@@ -6,26 +6,9 @@
 // A block has 8 TOKENS pairs of one expert, and each of its WARPS TILES * 16 rows: of gate and up half each, if ACT.
 // Codes and inputs come through a ring of STAGES pieces of 128 columns. A sum runs over the columns in order.
 //
-// fp4_experts.py puts in front: TOKENS, TILES, WARPS, STAGES, ACT (0: none, 1: silu, 2: clamped swiglu).
+// fp4_experts.py puts in front: TOKENS, TILES, WARPS, STAGES, ACT, and fp4_parts.cu.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-struct Args {
-  const unsigned char* codes;  // [E rows, K / 2]
-  const u16* scales;           // [E rows, K / 32], bfloat16
-  const u16* x;                // [inputs, K]
-  const u16* bias;             // [E rows] or null
-  const int* order;
-  const int* ends;
-  const int* tile_ends;
-  u16* out;  // [pairs, n]
-  int num_experts, n, rows, k, per_input, num_blocks;
-};
-
-constexpr int AHEAD = 2;  // chunks, whose scales are in registers
-constexpr int CHUNK = 128, PAIRS = 8 * TOKENS, THREADS = 32 * WARPS;
+constexpr int PAIRS = 8 * TOKENS, THREADS = 32 * WARPS;
 constexpr int CODE_BYTES = TILES * 16 * CHUNK / 2;  // of a warp and stage
 constexpr int X_BYTES = PAIRS * 2 * CHUNK;
 constexpr int STAGE_BYTES = WARPS * CODE_BYTES + X_BYTES;
@@ -34,75 +17,13 @@ constexpr int X_COPIES = (PAIRS * 16 + THREADS - 1) / THREADS;  // of 16 bytes, 
 
 // ---- instructions ----
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-// Copy 16 bytes; those behind `wanted` become 0.
-__device__ __forceinline__ void copy(u32 to, const void* from, int wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted) : "memory");
-}
-__device__ __forceinline__ u16 load(const u16* from) { return __ldg(from); }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int NUM>
-__device__ __forceinline__ void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(NUM) : "memory"); }
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-  u32 d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
-__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ u16 to_bf16(float f) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
-__device__ __forceinline__ int sum_of_warp(int value) { return __reduce_add_sync(~0u, value); }
-__device__ __forceinline__ void wait_for_input() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // ---- parts of the kernel ----
-
-__device__ __forceinline__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
-
-// A scale for numbers that `decode` leaves over 2^126, over 2^24, which sums make good: so both are bfloat16.
-__device__ __forceinline__ u32 scale_pair(u16 scale) {
-  const u32 bits = __float_as_uint(fminf(from_bf16(scale) * 5.070602400912918e30f, 1.7014118346046923e38f));
-  return bytes_of(bits, bits, 0x3232u);
-}
-
-// Of inputs 0 to 7 of a word, (0, 4), (1, 5), (2, 6), (3, 7): sign, exponent and mantissa go where bfloat16 has them.
-__device__ __forceinline__ void decode(u32 word, u32 scale, u32 (&pairs)[4]) {
-  pairs[0] = times(and_or(word << 6, 0x01c001c0u, word << 12 & 0x80008000u), scale);
-  pairs[1] = times(and_or(word << 2, 0x01c001c0u, word << 8 & 0x80008000u), scale);
-  pairs[2] = times(and_or(word >> 2, 0x01c001c0u, word << 4 & 0x80008000u), scale);
-  pairs[3] = times(and_or(word >> 6, 0x01c001c0u, word & 0x80008000u), scale);
-}
-
-__device__ __forceinline__ float activated(float gate, float up) {
-  if (ACT == 1) return gate / (1.0f + __expf(-gate)) * up;
-  gate = fminf(gate, 7.0f);
-  return gate / (1.0f + __expf(-1.702f * gate)) * (fminf(fmaxf(up, -7.0f), 7.0f) + 1.0f);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) fp4_experts(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -111,13 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fp4_experts(const __grid_c
   let_next_begin();
   wait_for_input();
 
-  int num_before = 0;
-  for (int e = lane; e < args.num_experts; e += 32) num_before += args.tile_ends[e] <= tile;
-  const int expert = sum_of_warp(num_before);
-  if (expert >= args.num_experts) return;
-  const int first_tile = expert ? args.tile_ends[expert - 1] : 0;
-  const int first = (expert ? args.ends[expert - 1] : 0) + (tile - first_tile) * PAIRS;
-  const int num_pairs = min(args.ends[expert] - first, PAIRS);
+  const auto [expert, first, num_pairs] = find_tile(args, tile, PAIRS);
+  if (num_pairs == 0) return;
 
   const int num_chunks = (args.k + CHUNK - 1) / CHUNK, num_groups = args.k / 32;
   const u32 base = shared_address(shared);
@@ -229,10 +145,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) fp4_experts(const __grid_c
         for (int h = 0; h < 2; h++) {
           const int row = first_row + m * 16 + r + 8 * h;
           if (row >= args.n) continue;
-          float y = sums[m][i][2 * h + c] * 16777216.0f;
+          float y = sums[m][i][2 * h + c] * SCALE;
           if (args.bias != nullptr) y += from_bf16(args.bias[own_rows + row]);
           if (ACT) {
-            float up = sums[m + TILES - ABREAST][i][2 * h + c] * 16777216.0f;
+            float up = sums[m + TILES - ABREAST][i][2 * h + c] * SCALE;
             if (args.bias != nullptr) up += from_bf16(args.bias[own_rows + args.n + row]);
             y = activated(y, up);
           }

@@ -1,25 +1,27 @@
-"""Products of pairs sorted by expert with weights in MXFP4, in CUDA, from Hopper on; `fp4_experts.cu` says how.
+"""Products of pairs sorted by expert with weights in MXFP4, in CUDA for Hopper.
 
 Triton decodes codes to float32 and moves them between threads to where tensor cores want them. Here each thread decodes
-what its part of the operand consists of.
+what its part of the operand consists of: `fp4_experts.cu` and, for the tiles of prompts, `fp4_prompts.cu` say how.
 """
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kernels.card import HOPPER, card_of
+from kernels.hopper import ARCHITECTURE, is_available
 from kernels.launch import address, cdiv, only_compiles
-from kernels.nvrtc import compile_source, compile_sources, has_nvrtc
+from kernels.nvrtc import compile_source, compile_sources
 from kernels.quantized_kernel import Kernel
 
 if TYPE_CHECKING:
     from kernels.triton_experts import Codes, Sorted
 
 GROUP = 32  # inputs that share a scale
+CHUNK = 128  # inputs of a row that are copied together
 ACTS = {None: 0, "silu": 1, "clamped_swiglu": 2}
 
 
@@ -32,16 +34,75 @@ class Tiling(NamedTuple):
     stages: int
 
     @property
+    def num_threads(self) -> int:
+        """Return the threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of a block: of gate and up together, if there is an activation."""
+        return 16 * self.warps * self.tiles
+
+    @property
     def shared_bytes(self) -> int:
         """Return the shared memory of a block."""
-        return self.stages * (self.warps * self.tiles * 16 * 64 + 8 * self.tokens * 256)
+        return self.stages * (64 * self.num_rows + 8 * self.tokens * 2 * CHUNK)
+
+    def source(self, act: str | None) -> str:
+        """Return the source of a kernel, for NVRTC."""
+        fields = {name.upper(): value for name, value in self._asdict().items()}
+        return _source({**fields, "ACT": ACTS[act]}, "fp4_parts.cu", "fp4_experts.cu")
+
+
+class PromptTiling(NamedTuple):
+    """Say how a product is cut: see `fp4_prompts.cu`."""
+
+    tokens: int
+    warpgroups: int
+    stages: int
+
+    @property
+    def num_threads(self) -> int:
+        """Return the threads of a block."""
+        return 128 * self.warpgroups
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of a block: of gate and up together, if there is an activation."""
+        return 128 * self.warpgroups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return the shared memory of a block."""
+        return self.stages * (64 * self.num_rows + self.tokens * 2 * CHUNK)
+
+    def source(self, act: str | None) -> str:
+        """Return the source of a kernel, for NVRTC."""
+        sums = self.tokens // 2  # registers of a thread
+        operands = {
+            "WGMMA_TYPE": f"m64n{self.tokens}k16.f32.bf16.bf16",
+            "WGMMA_D": ", ".join(f"%{i}" for i in range(sums)),
+            "WGMMA_A": ", ".join(f"%{i}" for i in range(sums, sums + 4)),
+            "WGMMA_X": f"%{sums + 4}",
+            "WGMMA_ADD": f"%{sums + 5}",
+        }
+        defines: dict[str, object] = {name: f'"{text}"' for name, text in operands.items()}
+        defines["WGMMA_SUMS"] = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
+        fields = {name.upper(): value for name, value in self._asdict().items()}
+        return _source({**fields, "ACT": ACTS[act], **defines}, "hopper.cu", "fp4_parts.cu", "fp4_prompts.cu")
 
 
 # By pairs of a tile, measured on an H200 with 32 experts of 2,880 inputs and as many rows.
-TILINGS = {8: Tiling(1, 2, 4, 4), 16: Tiling(2, 2, 4, 4), 32: Tiling(4, 2, 4, 4), 64: Tiling(8, 2, 4, 3)}
+TILINGS: dict[int, Tiling | PromptTiling] = {
+    8: Tiling(1, 2, 4, 4),
+    16: Tiling(2, 2, 4, 4),
+    32: Tiling(4, 2, 4, 4),
+    64: PromptTiling(64, 2, 4),
+    96: PromptTiling(96, 2, 4),
+}
 # By most pairs that an expert has on average.
-TILE_HEIGHTS = {5: 8, 12: 16, 48: 32}
-HIGHEST_TILE = 64
+TILE_HEIGHTS = {5: 8, 12: 16, 20: 32, 48: 64}
+HIGHEST_TILE = 96
 MAX_SINGLE_PAIRS = 4  # that are rather taken one by one
 
 
@@ -64,8 +125,7 @@ def can_multiply(codes: "Codes", dtype: torch.dtype) -> bool:
         and codes.k % GROUP == 0
         and codes.scale is not None
         and codes.scale.dtype == dtype == torch.bfloat16
-        and card_of(codes.data.device).capability >= HOPPER
-        and has_nvrtc()
+        and is_available(codes.data.device)
     )
 
 
@@ -85,17 +145,20 @@ def multiply(
     act: str | None,
     by_expert: "Sorted",
     bias: torch.Tensor | None = None,
-    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Return what `kernels.triton_experts.expert_products_triton` does, for tiles of pairs."""
     num_pairs, rows = ids.numel(), weight.data.shape[0] // num_experts
     n = rows // 2 if act else rows
-    tiling = tiling or TILINGS[by_expert.block_m]
+    tiling = TILINGS[by_expert.block_m]
+    if isinstance(tiling, PromptTiling):
+        from kernels.triton_experts import permuted_triton  # here: a machine without a GPU need not have triton
+
+        x = permuted_triton(x)
     out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
-    if only_compiles():
-        _prepare(act, card_of(x.device).architecture)
+    if only_compiles():  # nobody has sorted the pairs
+        _prepare(act)
         return out
-    num_blocks = cdiv(n, 16 * tiling.warps * (tiling.tiles // 2 if act else tiling.tiles))
+    num_blocks = cdiv(rows, tiling.num_rows)
     num_tiles = min(num_pairs, cdiv(num_pairs, by_expert.block_m) + num_experts)
     args = Args(
         weight.data.data_ptr(), address(weight.scale), x.data_ptr(), address(bias), by_expert.order.data_ptr(),
@@ -107,25 +170,21 @@ def multiply(
     return out
 
 
-@functools.cache
-def _prepare(act: str | None, architecture: str) -> None:
-    """Compile the kernels of all tiles, at once."""
-    compile_sources("fp4_experts", [source(tiling, act) for tiling in TILINGS.values()], architecture)
-
-
-def source(tiling: Tiling, act: str | None) -> str:
-    """Return the source of a kernel, for NVRTC."""
-    defines = {
-        "TOKENS": tiling.tokens, "TILES": tiling.tiles, "WARPS": tiling.warps, "STAGES": tiling.stages, "ACT": ACTS[act]
-    }  # fmt: skip
+def _source(defines: Mapping[str, object], *files: str) -> str:
     lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join([*lines, (Path(__file__).parent / "fp4_experts.cu").read_text()])
+    return "".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
 @functools.cache
-def _kernel(tiling: Tiling, act: str | None, device: torch.device) -> Kernel:
-    architecture = card_of(device).architecture
-    _prepare(act, architecture)
+def _prepare(act: str | None) -> None:
+    """Compile the kernels of all tiles, at once."""
+    compile_sources("fp4_experts", [tiling.source(act) for tiling in TILINGS.values()], ARCHITECTURE)
+
+
+@functools.cache
+def _kernel(tiling: Tiling | PromptTiling, act: str | None, device: torch.device) -> Kernel:
+    _prepare(act)
+    name = "fp4_prompts" if isinstance(tiling, PromptTiling) else "fp4_experts"
     with torch.cuda.device(device):
-        cubin = compile_source("fp4_experts", source(tiling, act), architecture)
-        return Kernel("fp4_experts", cubin, 32 * tiling.warps, device)
+        cubin = compile_source("fp4_experts", tiling.source(act), ARCHITECTURE)
+        return Kernel(name, cubin, tiling.num_threads, device)

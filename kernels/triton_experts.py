@@ -170,7 +170,7 @@ def expert_products_triton(
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
-    block_m = max(by_expert.block_m, LOWEST_BLOCK)
+    block_m = next_power_of_2(max(by_expert.block_m, LOWEST_BLOCK))
     if config is None:
         is_wide = x.dtype.itemsize == 4
         config = WIDE_TILE if is_wide else TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
@@ -181,6 +181,21 @@ def expert_products_triton(
         BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
     )  # fmt: skip
+    return out
+
+
+def permuted_triton(x: torch.Tensor) -> torch.Tensor:
+    """Return rows x [P, K] with the inputs of each 128 in the order in which `fp4_prompts.cu` decodes their weights.
+
+    A thread decodes a word of 8 codes to the pairs (0, 4), (1, 5), (2, 6), (3, 7); a row is filled up to whole 128.
+    """
+    num_rows, k = x.shape
+    width = cdiv(k, 128) * 128
+    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    block = 1024
+    _permute_kernel[(num_rows, cdiv(width, block))](
+        x, out, k, width, BLOCK=block, **launch_options(x.device, num_warps=4)
+    )
     return out
 
 
@@ -449,6 +464,19 @@ def _tile_kernel(
         sums = gated(sums, up_sums, ACT)
     places = out + pairs[:, None] * N + n[None, :]
     tl.store(places, sums.to(out.dtype.element_ty), mask=is_pair[:, None] & (n < N)[None, :])
+
+
+@fast_launch
+@triton.jit
+def _permute_kernel(x, out, K, WIDTH, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    thread, word, pair = place // 2 % 4, place // 32 % 4, place // 16 % 2 * 2 + place // 8 % 2
+    k = place // 128 * 128 + 32 * thread + 8 * word + pair + 4 * (place % 2)
+    tl.store(out + row * WIDTH + place, tl.load(x + row * K + k, mask=k < K, other=0.0), mask=place < WIDTH)
 
 
 @fast_launch

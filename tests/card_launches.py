@@ -41,6 +41,7 @@ from kernels.triton_experts import (
     Codes,
     combine_triton,
     expert_products_triton,
+    permuted_triton,
     sort_pairs,
     tile_height,
 )
@@ -232,6 +233,7 @@ def expert_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
                 yield name, partial(products_of, x, ids, codes, num_experts, act)
         weights, products = empty(7, top_k), empty(7 * top_k, hidden, dtype=dtype)
         yield f"combine {num_experts} {dtype}", partial(combine_triton, products, weights, None)
+    yield f"permute {dtype}", partial(permuted_triton, empty(4, 2880, dtype=dtype))
 
 
 def products_of(x: torch.Tensor, ids: torch.Tensor, codes: Codes, num_experts: int, act: str) -> None:
@@ -333,9 +335,8 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
-    for tiling in fp4_experts.TILINGS.values() if card.capability >= HOPPER else ():
-        text = fp4_experts.source(tiling, "clamped_swiglu")
-        yield f"fp4_experts {tiling}", text, card.architecture, tiling.shared_bytes
+    for tiling in fp4_experts.TILINGS.values() if card.is_hopper else ():
+        yield f"fp4_experts {tiling}", tiling.source("clamped_swiglu"), ARCHITECTURE, tiling.shared_bytes
     prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
     prompts += [hopper_prefill.Variant(head_dim, half, 1, True, F32) for head_dim in hopper_prefill.KEYS]
     prompts += [hopper_prefill.Variant(head_dim, wide, has_shared=True) for head_dim in hopper_prefill.SHARED_SIZES]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.layers.moe import MoE, Router, StackedLinear
 from engine.models.registry import build_model, load_config
+from kernels import fp4_experts
 from kernels.dense import DenseWeight
 from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
@@ -414,6 +416,33 @@ def test_the_kernel_of_weighted_sums_equals_its_definition():
     products, weights = torch.randn(15, 40, generator=random), torch.rand(5, 3, generator=random)
     residual = torch.randn(5, 40, generator=random)
     torch.testing.assert_close(combine_triton(products, weights, residual), combine(products, weights, residual))
+
+
+@interpreted
+@pytest.mark.parametrize("height", fp4_experts.TILINGS)
+def test_triton_multiplies_in_the_tiles_that_another_kernel_has_asked_for(height: int):
+    from kernels import triton_experts
+
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(70, 32, generator=random), torch.randn(3 * 16, 32, generator=random)
+    stack = DenseWeight([Part(16)] * 3, 32, torch.float32, data=weight)
+    ids = torch.randint(3, (70, 2), generator=random)
+    by_expert = triton_experts.sort_pairs(ids, 3, height)
+    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), 3, None, by_expert)
+    torch.testing.assert_close(got, expert_products_torch(x, ids, split_experts(stack, 3)), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_inputs_are_put_in_the_order_in_which_threads_decode_words_of_their_weights():
+    from kernels.triton_experts import permuted_triton
+
+    x = torch.arange(1, 321, dtype=torch.float32).view(2, 160)
+    order = [
+        32 * thread + 8 * word + pair + other
+        for word, pair, thread, other in product(range(4), range(4), range(4), (0, 4))
+    ]
+    wanted = torch.nn.functional.pad(x, (0, 96)).view(2, 2, 128)[:, :, order].flatten(1)
+    assert torch.equal(permuted_triton(x), wanted)
 
 
 @interpreted
