@@ -47,23 +47,29 @@ def default_decode_config(block_d: int) -> DecodeConfig:
     return DecodeConfig(block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
+def _decode_configs(kind: str) -> Configs[DecodeConfig]:
+    return Configs(
+        kind,
+        DecodeConfig,
+        lambda block_d, _max_requests: default_decode_config(block_d),
+        lambda config, card, block_d, _max_requests: fitting(config, card, block_d, block_d, rows=MIN_DOT_ROWS),
+    )
+
+
 # Keys: (head_dim rounded up to a power of two, most requests), and (head_dim rounded up to a power of two).
-DECODE_CONFIGS = Configs(
-    "decode",
-    DecodeConfig,
-    lambda block_d, _max_requests: default_decode_config(block_d),
-    lambda config, card, block_d, _max_requests: fitting(config, card, block_d, block_d, rows=MIN_DOT_ROWS),
-)
+DECODE_CONFIGS = _decode_configs("decode")
+DECODE_BYTES_CONFIGS = _decode_configs("decode_bytes")  # of caches of 8 bits: tiles take half the room
 PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config, fitting_prefill_config)
 
 
-def decode_config(q: torch.Tensor, num_requests: int) -> DecodeConfig:
+def decode_config(q: torch.Tensor, num_requests: int, cache_dtype: torch.dtype) -> DecodeConfig:
     """Return the configuration for single tokens q [T, H, D] of `num_requests`."""
     if q.dtype.itemsize == 4:
         return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
     few, some, many = DECODE_LIMITS
     max_requests = few if num_requests <= few else some if num_requests <= some else many
-    return DECODE_CONFIGS.get(q.device, next_power_of_2(q.shape[2]), max_requests)
+    configs = DECODE_BYTES_CONFIGS if cache_dtype.itemsize == 1 else DECODE_CONFIGS
+    return configs.get(q.device, next_power_of_2(q.shape[2]), max_requests)
 
 
 def decode(
@@ -106,7 +112,7 @@ def decode(
     num_requests = batch.num_decodes
     v_dim, num_kv_heads = v_cache.shape[2], k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
-    config = config or decode_config(q, num_requests)
+    config = config or decode_config(q, num_requests, k_cache.dtype)
     num_programs = num_programs or config.programs_per_sm * (num_free_sms or num_sms(q.device))
     shared = batch.shared
     num_splits = 0

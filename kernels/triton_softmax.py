@@ -207,6 +207,17 @@ def load_rows(cache, offset, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def beside_bytes(x, cache):
+    """Return x, to be multiplied with numbers of `cache`, as float16 if these have 8 bits: it holds them, too.
+
+    One instruction converts two of them; to bfloat16 it takes four.
+    """
+    if cache.dtype.element_ty.primitive_bitwidth == 8 and x.dtype == tl.bfloat16:
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return x
+
+
+@triton.jit
 def attend(
     q,
     q_rope,
@@ -253,6 +264,18 @@ def attend(
     hold costs two barriers.
     """
     n = tl.arange(0, BLOCK_N)
+    # Values are summed over tokens, so a thread's registers want numbers of several tokens side by side: single bytes
+    # would be gathered one by one, and pairs are turned around on the way from shared memory. Of single tokens alone:
+    # prompts' products are bound by other things.
+    HAS_PAIRS: tl.constexpr = (
+        LAZY_SUM and k_cache.dtype.element_ty.primitive_bitwidth == 8 and v_cache is not None and BLOCK_V >= 32
+    )
+    if HAS_PAIRS:
+        q = beside_bytes(q, k_cache)
+        if q_rope is not None:
+            q_rope = beside_bytes(q_rope, k_cache)
+        v_pairs = v_cache.to(tl.pointer_type(tl.int16), bitcast=True)
+        even, odd = tl.split(tl.reshape(acc, acc.shape[0], BLOCK_V // 2, 2))
     for start in range(first, last, BLOCK_N):
         token = start + n
         next_slot = load_slots(slots, slot_map, start + BLOCK_N, 0, seq_len, BLOCK_N)
@@ -285,14 +308,23 @@ def attend(
             l = l * alpha[:, None] + p
         else:
             l = l * alpha + tl.sum(p, axis=1)
-        acc = acc * alpha[:, None]
-        if v_cache is None:
-            v = k
+        if HAS_PAIRS:
+            pairs = load_rows(v_pairs, offset, V_STRIDE // 2, V_DIM // 2, BLOCK_V // 2)
+            first_v = (pairs & 0xFF).to(tl.int8).to(v_cache.dtype.element_ty, bitcast=True).to(q.dtype)
+            second_v = (pairs >> 8).to(tl.int8).to(v_cache.dtype.element_ty, bitcast=True).to(q.dtype)
+            even = tl.dot(p.to(q.dtype), first_v, even * alpha[:, None], input_precision=PRECISION)
+            odd = tl.dot(p.to(q.dtype), second_v, odd * alpha[:, None], input_precision=PRECISION)
         else:
-            v = load_rows(v_cache, offset, V_STRIDE, V_DIM, BLOCK_V).to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
+            acc = acc * alpha[:, None]
+            if v_cache is None:
+                v = k
+            else:
+                v = load_rows(v_cache, offset, V_STRIDE, V_DIM, BLOCK_V).to(q.dtype)
+            acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
         m = new_m
         slot = next_slot
+    if HAS_PAIRS:
+        acc = tl.interleave(even, odd)
     return m, l, acc
 
 

@@ -15,7 +15,7 @@ from kernels.experts import ExpertShape, code_of, codes_of
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv, next_power_of_2
 from kernels.quantized import QuantizedWeight
-from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode
+from kernels.triton_decode import DECODE_BYTES_CONFIGS, DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode
 from kernels.triton_experts import (
     TILE_CODES,
     TILE_CONFIGS,
@@ -51,6 +51,8 @@ DECODE_CANDIDATES = {
     16: [DecodeConfig(32, 1, 4, 2), DecodeConfig(32, 2, 4, 3), DecodeConfig(64, 4, 3, 2)],
     1 << 20: [DecodeConfig(32, 1, 4, 4), DecodeConfig(32, 2, 4, 4), DecodeConfig(64, 4, 2, 4)],
 }
+# Where a cache has 8 bits, as candidates too.
+DECODE_BYTES_CANDIDATES = {4: [], 16: [DecodeConfig(32, 1, 4, 4)], 1 << 20: [DecodeConfig(32, 1, 3, 8)]}
 DECODE_LENS = {4: (1, 4096), 16: (8, 1024), 1 << 20: (64, 1024)}  # most requests -> requests and tokens of each, timed
 PREFILL_CANDIDATES = [PrefillConfig(64, 64, 4, 3), PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)]
 PROMPT_LEN = 2048
@@ -271,7 +273,10 @@ def decode_task(shape: AttentionShape, limit: int, dtype: torch.dtype, device: t
         num_requests, seq_len = DECODE_LENS[limit]
         return _attention_launches(decode, shape, _batch(num_requests, 1, seq_len, device), dtype)
 
-    return Task(DECODE_CONFIGS, (next_power_of_2(shape.head_dim), limit), DECODE_CANDIDATES[limit], prepare)
+    configs, candidates = DECODE_CONFIGS, DECODE_CANDIDATES[limit]
+    if shape.kv_dtype.itemsize == 1:
+        configs, candidates = DECODE_BYTES_CONFIGS, DECODE_BYTES_CANDIDATES[limit] + candidates
+    return Task(configs, (next_power_of_2(shape.head_dim), limit), candidates, prepare)
 
 
 def prefill_task(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Task:

@@ -21,7 +21,13 @@ from kernels.quantized_format import Format
 from kernels.quantized_kernel import Kind
 from kernels.quantized_many import MANY_CONFIGS
 from kernels.tile_sizes import tile_bytes
-from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode_config
+from kernels.triton_decode import (
+    DECODE_BYTES_CONFIGS,
+    DECODE_CONFIGS,
+    DECODE_LIMITS,
+    PREFIX_CONFIGS,
+    decode_config,
+)
 from kernels.triton_experts import TILE_CODES, TILE_CONFIGS
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
 from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS
@@ -36,8 +42,8 @@ from tests.test_models import MakeTinyModel, TinyEngine
 CARD = torch.device("cuda", 0)  # nothing is run on it
 CPU = torch.device("cpu")
 ALL_CONFIGS: tuple[Configs[Any], ...] = (
-    GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS, LATENT_DECODE_CONFIGS,
-    ABSORBED_CONFIGS, EXPANDED_CONFIGS, TILE_CONFIGS, FEW_CONFIGS, MANY_CONFIGS,
+    GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, DECODE_BYTES_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS,
+    LATENT_DECODE_CONFIGS, ABSORBED_CONFIGS, EXPANDED_CONFIGS, TILE_CONFIGS, FEW_CONFIGS, MANY_CONFIGS,
 )  # fmt: skip
 
 
@@ -143,8 +149,12 @@ def test_attention_is_cut_so_that_a_cards_shared_memory_holds_it(limits: Card, c
 
     card(limits.name, limits)
     for head_dim in (16, 64, 128, 256):
-        configs = [DECODE_CONFIGS.get(CARD, head_dim, limit) for limit in DECODE_LIMITS]
-        for config in (*configs, PREFILL_CONFIGS.get(CARD, head_dim), PREFIX_CONFIGS.get(CARD, head_dim)):
+        configs: list[DecodeConfig | PrefillConfig] = [
+            *(DECODE_CONFIGS.get(CARD, head_dim, limit) for limit in DECODE_LIMITS),
+            PREFILL_CONFIGS.get(CARD, head_dim),
+            PREFIX_CONFIGS.get(CARD, head_dim),
+        ]
+        for config in configs:
             assert needed(config, head_dim, head_dim) <= limits.shared_bytes
     for config in (LATENT_DECODE_CONFIGS.get(CARD, 512, 16, 4), ABSORBED_CONFIGS.get(CARD, 512)):
         assert needed(config, 512 + 64, 0) <= limits.shared_bytes
@@ -169,9 +179,16 @@ def test_what_was_found_on_a_card_is_taken_as_it_is(card: Callable[..., None]) -
 
 def test_the_number_of_requests_decides_about_decode_configurations(card: Callable[[str], None]) -> None:
     q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
-    found = [decode_config(q, num_requests) for num_requests in (1, 4, 5, 16, 17, 4000)]
+    found = [decode_config(q, num_requests, q.dtype) for num_requests in (1, 4, 5, 16, 17, 4000)]
     assert found == [DECODE_CONFIGS.get(CPU, 128, limit) for limit in DECODE_LIMITS for _ in range(2)]
     assert len(set(found)) == 3
+
+
+def test_a_cache_of_8_bits_has_decode_configurations_of_its_own(card: Callable[[str], None]) -> None:
+    q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
+    config = DecodeConfig(32, 1, 3, 8)
+    DECODE_BYTES_CONFIGS.record(CPU, (128, DECODE_LIMITS[-1]), config)
+    assert decode_config(q, 4000, torch.float8_e4m3fn) == config != decode_config(q, 4000, q.dtype)
 
 
 def test_a_card_has_its_own_table_and_others_are_tuned_anew(card: Callable[[str], None]) -> None:
