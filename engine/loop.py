@@ -244,9 +244,9 @@ class StepLoop:
         scheduler = self.scheduler
         budget = self._pace.prefill_budget(scheduler.num_streams)
         if (graphs := self.runner.graphs) is not None:
-            others = scheduler.num_decodes, scheduler.groups.groups is not None
-            budget.sizes = graphs.prompt_sizes(*others)
-            budget.keep_to_graph(graphs.most_prompt_tokens(*others))
+            has_groups = scheduler.groups.groups is not None
+            budget.sizes, largest = graphs.prompt_sizes(scheduler.num_decodes, has_groups)
+            budget.keep_to_graph(largest)
         if self.runner.splitter.can_split:  # else there is no need to count
             best = self.runner.splitter.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
             if best is not None:

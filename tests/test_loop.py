@@ -41,13 +41,10 @@ class ManualSplitter:
 
 
 class ManualGraphs:
-    """Stands in for StepGraphs: beside decodes the device pads prompts up to multiples of 16."""
+    """Stands in for StepGraphs: beside decodes the device pads prompts up to sizes, of which 64 is the last graph's."""
 
-    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> list[int]:
-        return [] if has_groups or not num_decodes else [16, 32, 48, 64]
-
-    def most_prompt_tokens(self, num_decodes: int, has_groups: bool) -> int:
-        return 0 if has_groups or not num_decodes else 64
+    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> tuple[list[int], int]:
+        return ([], 0) if has_groups or not num_decodes else ([16, 32, 48, 64, 72], 64)
 
 
 class ManualRunner:
@@ -328,6 +325,17 @@ async def test_beside_decodes_a_chunk_fills_what_the_device_computes_anyway() ->
         await runner.finish(1)
         await runner.finish(2)
         assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 48, 48, 48]
+
+
+async def test_beside_streams_a_chunk_keeps_to_the_largest_graph() -> None:
+    async with running_loop(max_step_ms=60, chunked_prefill_size=35 * 16) as (loop, runner):
+        submit(loop, [1, 2, 3], stream=True)
+        await settle()
+        runner.graphs = ManualGraphs()
+        submit(loop, [*range(4, 204)])
+        await runner.finish(0)
+        await runner.finish(1)
+        assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 64, 64]  # where 70 are granted
 
 
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:

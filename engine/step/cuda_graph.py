@@ -96,7 +96,7 @@ class StepGraphs:
         self._stager, self._run, self._meet = stager, run, meet
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._prompt_sizes: dict[tuple[int, bool], list[int]] = {}
+        self._prompt_sizes: dict[tuple[int, bool], tuple[list[int], int]] = {}
 
     def shape_for(self, plan: Plan) -> StepShape | None:
         """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
@@ -123,16 +123,13 @@ class StepGraphs:
                 return self._prefill_shape(ladder, size)
         return None
 
-    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> list[int]:
-        """Return what `unpadded_sizes` does of these graphs; it must not be written to."""
+    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> tuple[list[int], int]:
+        """Return what `unpadded_sizes` and `largest_size` do of these graphs; it must not be written to."""
         key = num_decodes, has_groups
         if key not in self._prompt_sizes:
-            self._prompt_sizes[key] = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
+            sizes = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
+            self._prompt_sizes[key] = sizes, largest_size(self.ladders, *key)
         return self._prompt_sizes[key]
-
-    def most_prompt_tokens(self, num_decodes: int, has_groups: bool) -> int:
-        """Return how many prompt tokens the largest graph has, of those for such a step; 0: there is none."""
-        return largest_size(self.ladders, num_decodes, has_groups)
 
     def _takes_features(self, plan: Plan) -> bool:
         """Return whether the features of `plan` have rows in a graph's step."""
