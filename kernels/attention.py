@@ -17,15 +17,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import one_token
 from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.cache_cpu import Gathered, kernels, kernels_ahead
 from kernels.elementwise import rope_and_store_torch
+from kernels.one_token import attend_one_token, can_attend_one_token
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
-ONE_KERNEL_TOKENS = 1  # of a step, at most, whose heads are rotated in Triton's attention: see `fits_one_kernel`
+# Tokens of a step, at most, whose heads are rotated in attention: see `attention_of_products`. With more, a request
+# might read what another one of the step is about to store: see `engine.schedule.scheduler`.
+ONE_KERNEL_TOKENS = 1
 KEY_MULTIPLE = 32  # of keys; see `_padded_len`
 
 
@@ -471,22 +473,20 @@ def attention_of_products(
     arguments = qkv, rotation, k_cache, v_cache, batch, num_heads
     if backend == "torch":
         return attention_of_products_torch(*arguments, **options)
-    if one_token.can_attend_one_token(qkv, rotation, k_cache, v_cache, num_heads, **options):
-        return one_token.attend_one_token(*arguments, **options)
+    if can_attend_one_token(qkv, rotation, k_cache, v_cache, num_heads, **options):
+        return attend_one_token(*arguments, **options)
     from kernels.triton_attention import attention_of_products_triton  # here: a machine without a GPU need not have it
 
     return attention_of_products_triton(*arguments, **options)
 
 
-def fits_one_kernel(batch: AttentionBatch, backend: str, k_cache: torch.Tensor, num_heads: int) -> bool:
+def fits_one_kernel(batch: AttentionBatch, backend: str) -> bool:
     """Return whether a step has so few tokens, all single ones, that `attention_of_products` is the fastest.
 
     Where requests share a prefix, another kernel reads their queries too.
     """
-    if backend == "torch" or batch.shared is not None or not 0 < batch.num_decodes == len(batch.rows):
-        return False
-    most = one_token.MAX_TOKENS if one_token.has_kernel(k_cache, num_heads) else ONE_KERNEL_TOKENS
-    return batch.num_decodes <= most
+    is_few = 0 < batch.num_decodes == len(batch.rows) <= ONE_KERNEL_TOKENS
+    return is_few and backend != "torch" and batch.shared is None
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:

@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_to_block(float* p, u32 rank, float f) {
 extern __shared__ float shared[];
 // ---- end of the machine ----
 
-constexpr int LANES = D / 8, ROWS = 32 / LANES;
+constexpr int LANES = D / 8, ROWS = 32 / LANES, UNROLL = G > 4 ? 2 : 4;
 constexpr int GROUPS = SPLIT * WARPS * ROWS;  // of lanes, in the cluster
 constexpr float NONE = -1e30f;                // the largest score of no token
 constexpr float LOG2_E = 1.44269504f;

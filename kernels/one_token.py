@@ -15,8 +15,8 @@ from kernels.quantized_kernel import Kernel
 
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 8  # query heads of a KV head
-MAX_TOKENS = 4  # with more, two kernels are faster
 SPLIT = 8  # blocks of a cluster, which share out a request's tokens
+WARPS = 8
 LOG2_E = 1.4426950408889634
 
 
@@ -47,8 +47,7 @@ class Variant(NamedTuple):
     has_softcap: bool = False
     has_map: bool = False  # of slots
     sink_dtype: torch.dtype | None = None
-    num_warps: int = 8  # of a block
-    unroll: int = 0  # tokens that a group of lanes has on their way; 0: as many as registers hold
+    num_warps: int = WARPS
 
     @property
     def shared_bytes(self) -> int:
@@ -69,7 +68,6 @@ def source(variant: Variant) -> str:
         "SINKS": 0 if variant.sink_dtype is None else 1 + (variant.sink_dtype == torch.float32),
         "SPLIT": SPLIT,
         "WARPS": variant.num_warps,
-        "UNROLL": variant.unroll or (2 if variant.group > 4 else 4),
     }
     lines = [f"#define {name} {value}\n" for name, value in defines.items()]
     return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
@@ -80,13 +78,6 @@ def _kernel(variant: Variant, device: torch.device) -> Kernel:
     cubin = compile_source("one_token", source(variant), ARCHITECTURE)
     with torch.cuda.device(device):
         return Kernel("one_token", cubin, 32 * variant.num_warps, device)
-
-
-def has_kernel(k_cache: torch.Tensor, num_heads: int) -> bool:
-    """Return whether there is a kernel for a GPU, its cache's numbers and a model's heads."""
-    num_kv_heads, head_dim = k_cache.shape[1:]
-    is_known = head_dim in HEAD_DIMS and num_heads // num_kv_heads <= MAX_GROUP
-    return is_known and k_cache.dtype in (torch.bfloat16, torch.float16) and is_available(k_cache.device)
 
 
 def can_attend_one_token(
@@ -101,15 +92,18 @@ def can_attend_one_token(
     **_options: Any,
 ) -> bool:
     """Return whether `attend_one_token` takes these."""
+    num_kv_heads, head_dim = k_cache.shape[1:]
     dtypes = {
         tensor.dtype for tensor in (qkv, k_cache, v_cache, rotation.q_norm, rotation.k_norm) if tensor is not None
     }
     return (
-        has_kernel(k_cache, num_heads)
+        is_available(qkv.device)
         and slopes is None
         and (sinks is None or sinks.dtype in (qkv.dtype, torch.float32))
-        and dtypes == {k_cache.dtype}
-        and k_cache.shape[2] == v_cache.shape[2]
+        and dtypes in ({torch.bfloat16}, {torch.float16})
+        and head_dim == v_cache.shape[2]
+        and head_dim in HEAD_DIMS
+        and num_heads // num_kv_heads <= MAX_GROUP
         and rotation.positions.dtype == torch.int32
         and rotation.cos_sin.shape[1] % 16 == 0
         and rotation.cos_sin.is_contiguous()
@@ -130,13 +124,11 @@ def attend_one_token(
     is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    num_warps: int | None = None,
-    unroll: int = 0,
+    num_warps: int = WARPS,
     **_options: Any,
 ) -> torch.Tensor:
     """Run `kernels.attention.attention_of_products`."""
     num_kv_heads, head_dim = k_cache.shape[1:]
-    num_requests = batch.num_decodes
     variant = Variant(
         head_dim,
         num_heads // num_kv_heads,
@@ -146,9 +138,9 @@ def attend_one_token(
         softcap > 0,
         batch.slot_map is not None,
         None if sinks is None else sinks.dtype,
-        num_warps or (8 if num_requests == 1 else 4),  # more blocks fit beside one another
-        unroll,
+        num_warps,
     )
+    num_requests = batch.num_decodes
     out = torch.empty(num_requests, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if only_compiles():
         compile_ahead(_kernel, variant, qkv.device)

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import bench.attention
 from bench.attention import Batch
 from kernels import attention as torch_attention
-from kernels import flashinfer_attention, one_token
+from kernels import flashinfer_attention
 from kernels.attention import (
     ONE_KERNEL_TOKENS,
     attention,
@@ -420,33 +420,13 @@ def test_the_kernel_of_one_token_equals_its_twin(
     check(v, wanted_v, dtype)
 
 
-@pytest.mark.gpu
-def test_padding_has_no_part_in_the_kernel_of_one_token() -> None:
-    qkv, rotation, k, v, batch = make_products([1000, 7, 130], (8, 2, 128, 128), torch.bfloat16, [])
-    if not can_attend_one_token(qkv, rotation, k, v, 8):
-        pytest.skip("it is for Hopper")
-    wanted = attention_of_products_torch(qkv, rotation, k.clone(), v.clone(), batch, 8, scale=0.1)
-    batch.seq_lens[1] = 0
-    before = k.clone()
-    out = attend_one_token(qkv, rotation, k, v, batch, 8, scale=0.1)
-    check(out[[0, 2]], wanted[[0, 2]], torch.bfloat16)
-    assert (k != before).any(2).any(1).sum() == 2  # slots that were written
-
-
-def test_one_kernel_takes_single_tokens_without_a_prefix_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fits(tokens: list[tuple[int, int]], backend: str = "triton", *, head_dim: int = 64, **options: Any) -> bool:
-        return fits_one_kernel(make_batch(tokens, **options), backend, torch.empty(1, 2, head_dim).bfloat16(), 4)
-
-    assert fits([(1, 9)])
-    assert not fits([(1, 9)], "torch")
-    assert not fits([(1, 9), (2, 5)])
-    assert not fits([(2, 9)])
-    assert not fits([(1, 9)], groups=[])
-    assert not fits([(1, 9)] * (ONE_KERNEL_TOKENS + 1))
-    monkeypatch.setattr(one_token, "is_available", lambda device: True)
-    assert fits([(1, 9)] * one_token.MAX_TOKENS)
-    assert not fits([(1, 9)] * (one_token.MAX_TOKENS + 1))
-    assert not fits([(1, 9)] * (ONE_KERNEL_TOKENS + 1), head_dim=80)
+def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
+    assert fits_one_kernel(make_batch([(1, 9)]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)]), "torch")
+    assert not fits_one_kernel(make_batch([(1, 9), (2, 5)]), "triton")
+    assert not fits_one_kernel(make_batch([(2, 9)]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)], groups=[]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)] * (ONE_KERNEL_TOKENS + 1)), "triton")
 
 
 def test_the_arrival_counters_are_zero_again() -> None:

@@ -223,8 +223,7 @@ class Attention(AnyAttention):
         """Return what products [T, (H + 2 Hkv) D] find, [T, H D]; keys and values go to the cache."""
         batch, norms = self._own(batch), self._scaled(qkv)
         k_cache, v_cache = pool[self.layer_id]
-        is_one = self.rotates_all and norms[2] is None
-        if is_one and fits_one_kernel(batch, self.backend, k_cache, self.num_heads):
+        if self.rotates_all and norms[2] is None and fits_one_kernel(batch, self.backend):
             rotation = HeadRotation(*self._angles(batch), norms[0], norms[1], self.eps)
             options = self._options()
             found = attention_of_products(
