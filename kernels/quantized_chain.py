@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.card import HOPPER, card_of
-from kernels.launch import address, cdiv, num_sms
+from kernels.launch import address, cdiv, compile_ahead, num_sms, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_cuda import CudaQuantizedWeight
 from kernels.quantized_few import HELD_RESIDUALS, HELD_SCALES, can_multiply_few, has_digits
@@ -68,6 +68,10 @@ def multiply_chain(
     num_blocks, most_k = num_sms(device), max(product.weight.k for product in products)
     config = config or chain_config(kind, most_k, device)
     assert config is not None
+    if only_compiles():
+        for num_products in (4, 3):  # of a layer, and of the last one
+            compile_ahead(_kernel, kind, config, num_products, device)
+        return
     args, first = (Args * len(products))(), 0
     for i, (weight, x, out, bias, norm, act, is_sum) in enumerate(products):
         norm_weight = None if norm is None else norm.weight
