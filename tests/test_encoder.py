@@ -136,6 +136,24 @@ def test_a_picture_is_seen_once_whoever_asks_for_it_and_when(desk: Callable[...,
     assert d.tower.seen == [[1, 2]]
 
 
+def test_who_needs_more_when_its_cached_prefix_has_gone_lets_go_of_what_it_holds(desk: Callable[..., Desk]) -> None:
+    d = desk(max_pictures=0)  # room for those of one request
+    first = d.submit(1)
+    d.see()
+    d.finish()
+    states = [d.submit(1, 2), d.submit(1, 3)]
+    assert d.traffic.step() is None, "both need their second picture"
+    d.see()
+    assert d.tower.seen == [[1], [2]]
+    d.traffic.scheduler.held.reset()
+    for _ in range(3):
+        d.finish()
+        d.see()
+    d.finish()
+    assert d.tower.seen[2:] == [[3], [1, 2], [1, 3]], "either needs both now, and holds none while it waits"
+    assert [state.status for state in (first, *states)] == [Status.FINISHED] * 3
+
+
 def test_a_cached_prefix_needs_no_features_even_if_none_are_kept(desk: Callable[..., Desk]) -> None:
     d = desk(max_pictures=0)
     d.submit(1)

@@ -94,7 +94,12 @@ class Encoder:
                     self._kept.move_to_end(spans.media.keys[i])
             self.stats.num_hits += len(found)
             return True
-        self._queue.append((state, missing))
+        # Some that it waited for before it may have already, if its cached prefix has become shorter since. It holds
+        # none while it waits, or two of these would wait for each other.
+        held = [i for i, features in enumerate(spans.features) if features is not None]
+        for i in held:
+            spans.features[i] = None
+        self._queue.append((state, sorted([*missing, *held])))
         self._call_soon(self._start_jobs)  # not before the caller has parked the request
         return False
 
