@@ -34,8 +34,9 @@ class Alike(Family):
         return self.inputs(media) if self._square is None else {"pixel_values": bytes_of(media)}
 
     def made(self, moved: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        made = super().made(moved, device)
-        return made if self._square is None else {"pixel_values": self._square.made(made["pixel_values"])}
+        if self._square is None:
+            return super().made(moved, device)
+        return {"pixel_values": self._square.made(moved["pixel_values"], device)}
 
 
 class Llava(Alike):

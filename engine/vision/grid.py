@@ -12,9 +12,8 @@ from engine.errors import InvalidRequest
 from engine.media import Media, MediaSize
 from engine.vision.family import Family, Writing
 from engine.vision.packed import pack_layers, plan_of, takes_plans, widen_products
-from engine.vision.pixels import bytes_of, looked_up, values_of
+from engine.vision.pixels import bytes_of, looked_up, resized, values_of
 from kernels.packed_attention import HALF
-from kernels.resize import resize
 
 # What towers call the pixels of a picture, and its grid of patches.
 NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -124,7 +123,7 @@ class Grid(Family):
         per_patch, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
         height, width = (patch * num for num in moved[grids][0, 1:].tolist())
         how = processor.resample if is_image else PIL.Image.Resampling.BICUBIC
-        frames = torch.cat([resize(frame.to(device), height, width, how) for frame in moved[name].split(1)])
+        frames = torch.cat([resized(frame, device, height, width, how) for frame in moved[name].split(1)])
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % per_patch, -1, -1, -1)])
         rows, columns = (length // (patch * merge) for length in frames.shape[1:3])
         cut = frames.view(-1, per_patch, rows, merge, patch, columns, merge, patch, 3)

@@ -18,11 +18,22 @@ from kernels.resize import Window, resize
 ALWAYS, CROP = {"do_resize", "do_rescale", "do_normalize"}, "do_center_crop"
 STEPS = (*ALWAYS, CROP, "do_pad", "do_pan_and_scan")
 
+MAX_MOVED = 1 << 26  # bytes of a picture that is moved as it is, 22 million pixels: of a larger one, what it becomes
+
 
 def bytes_of(media: Media) -> torch.Tensor:
     """Return the pixels of a picture, or of a video's frames, uint8 [frames, height, width, 3], as they are."""
     frames = media.pixels[None] if isinstance(media, Image) else media.frames
     return torch.from_numpy(frames if frames.flags.writeable else frames.copy())
+
+
+def resized(
+    frames: torch.Tensor, device: torch.device, height: int, width: int, how: int, window: Window | None = None
+) -> torch.Tensor:
+    """Do `resize`, on the device unless that would take much of its memory. frames: on the host."""
+    if frames.nbytes > MAX_MOVED:
+        return resize(frames, height, width, how, window).to(device)
+    return resize(frames.to(device), height, width, how, window)
 
 
 def values_of(processor: Any, config: Mapping[str, Any], device: torch.device) -> torch.Tensor:
@@ -48,13 +59,13 @@ class Square:
         """edges: height and width. is_whole: a picture is stretched to them; else they are cut out of its middle."""
         self._processor, self._edges, self._is_whole = processor, edges, is_whole
 
-    def made(self, frames: torch.Tensor) -> torch.Tensor:
+    def made(self, frames: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return what a tower takes of pictures, float32 [N, 3, height, width]. frames: uint8 [N, ..., ..., 3]."""
         height, width = self._edges
         stretched = self._edges if self._is_whole else self._shrunk(*frames.shape[1:3])
         window = Window((stretched[0] - height) // 2, (stretched[1] - width) // 2, height, width)
-        squares = resize(frames, *stretched, self._processor.resample, window).permute(0, 3, 1, 2)
-        return looked_up(squares, values_of(self._processor, {}, frames.device), 1)
+        squares = resized(frames, device, *stretched, self._processor.resample, window).permute(0, 3, 1, 2)
+        return looked_up(squares, values_of(self._processor, {}, device), 1)
 
     def _shrunk(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width of a picture of that shape whose shorter edge is the processor's."""

@@ -14,6 +14,7 @@ from engine.media import Image, Media
 from engine.model_config import ModelConfig
 from engine.vision.family import Family
 from engine.vision.graphs import TowerGraphs
+from engine.vision.pixels import MAX_MOVED
 
 MAX_BATCH = 4096  # features made in one go at most, of several pictures: a GPU is busy with as many
 MAX_CAPTURED = 2048  # features of a call that may have a graph: of more, the device is busy longer than the host
@@ -87,9 +88,10 @@ class Tower:
         self.encode(self.family.in_context([large] * num_pictures))
         peak = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
+        needed = max(peak, 2 * MAX_MOVED)  # one that is resized, and what of it is used
         if self._graphs is None:
-            return peak
-        return peak + peak * MAX_CAPTURED // max(num_pictures * num_features, MAX_CAPTURED)  # graphs have their own
+            return needed
+        return needed + peak * MAX_CAPTURED // max(num_pictures * num_features, MAX_CAPTURED)  # graphs have their own
 
     def _on_device(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = self.family.made(moved, self._device)
