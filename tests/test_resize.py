@@ -10,7 +10,7 @@ import torch
 from engine.errors import InvalidRequest
 from engine.media import Image, MediaSize
 from engine.vision import pixels
-from engine.vision.families import Llava
+from engine.vision.families import Llava, Pixtral
 from engine.vision.pixels import bytes_of, square_of
 from kernels import resize as module
 from kernels.resize import Pass, Window, pass_torch, resize, resize_by, resize_pillow
@@ -83,6 +83,21 @@ def test_a_plain_image_processor_is_done_without(
         monkeypatch.setattr(pixels, "MAX_MOVED", 0 if size == (37, 53) else 1 << 20)  # resized on the host, too
         found = square.made(bytes_of(one), DEVICE)
         assert found.dtype == wanted.dtype and torch.equal(found.cpu(), wanted), size
+
+
+@pytest.mark.parametrize("entries", [{}, {"do_pad": False}, {"do_normalize": False}])
+def test_pixtrals_image_processor_is_done_without_too(entries: dict[str, Any]) -> None:
+    from transformers import PixtralImageProcessorPil
+
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=4), spatial_merge_size=2)
+    processor = PixtralImageProcessorPil(size={"longest_edge": 60}, patch_size={"height": 4, "width": 4}, **entries)
+    family = Pixtral(config, processor, {"image": "[IMG]"})
+    for size in ((37, 53), (90, 11), (1, 50), (300, 200), (56, 32)):
+        wanted, moved = family.inputs(picture(*size)), family.moved(picture(*size))
+        found = family.made(moved, DEVICE)
+        assert (moved["pixel_values"].dtype is torch.uint8) == ("do_normalize" not in entries)
+        for name, one in wanted.items():
+            assert found[name].dtype == one.dtype and torch.equal(found[name].cpu(), one), (name, size)
 
 
 @pytest.mark.parametrize(

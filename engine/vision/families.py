@@ -13,7 +13,7 @@ from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing, in_words
 from engine.vision.grid import Glm, Glm46, Grid, PaddleOCR, PlainGrid, TimedGrid
 from engine.vision.kimi import Kimi, KimiVideos
-from engine.vision.pixels import bytes_of, square_of
+from engine.vision.pixels import PAD, bytes_of, is_plain, looked_up, resized, square_of, values_of
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
@@ -183,16 +183,34 @@ class Pixtral(Family):
         return size
 
     def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
+        rows, columns = self.grid(size)
+        if rows * columns == 1 and self.patch > self.config.vision_config.patch_size:  # the tower drops a dimension
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too small")
+        row = self.token_text["image"] * columns
+        return Writing(self.row_end.join([row] * rows) + self.end, rows * columns)
+
+    def grid(self, size: MediaSize) -> tuple[int, int]:
+        """Return rows and columns of the features of a picture."""
         most = self.processor.size["longest_edge"]
         ratio = max(size.height / most, size.width / most, 1.0)
         height, width = math.floor(size.height / ratio), math.floor(size.width / ratio)
         if not height or not width:
             raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too narrow")
-        rows, columns = -(-height // self.patch), -(-width // self.patch)
-        if rows * columns == 1 and self.patch > self.config.vision_config.patch_size:  # the tower drops a dimension
-            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too small")
-        row = self.token_text["image"] * columns
-        return Writing(self.row_end.join([row] * rows) + self.end, rows * columns)
+        return -(-height // self.patch), -(-width // self.patch)
+
+    def moved(self, media: Media) -> dict[str, torch.Tensor]:
+        if not is_plain(self.processor, ["PixtralImageProcessorPil"], [PAD]):  # to the size of others beside it
+            return self.inputs(media)
+        size = [num * self.patch for num in self.grid(media.size)]
+        return {"pixel_values": bytes_of(media), "image_sizes": torch.tensor([size])}
+
+    def made(self, moved: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        pixels, sizes = moved["pixel_values"], moved["image_sizes"]
+        if pixels.dtype is torch.uint8:
+            height, width = sizes[0].tolist()
+            pixels = resized(pixels, device, height, width, self.processor.resample).permute(0, 3, 1, 2)
+            pixels = looked_up(pixels, values_of(self.processor, {}, device), 1)
+        return super().made({"pixel_values": pixels, "image_sizes": sizes}, device)
 
     def options(self, media: Media) -> dict[str, Any]:  # noqa: ARG002
         return {"patch_size": {"height": self.patch, "width": self.patch}}

@@ -5,7 +5,7 @@ some microseconds. What comes out is the same, bit for bit: a byte has 256 value
 looked up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from engine.media import Image, Media
 from kernels.resize import Window, resize
 
-# Steps that image processors may take; the plain one takes these, and may take one more.
-ALWAYS, CROP = {"do_resize", "do_rescale", "do_normalize"}, "do_center_crop"
-STEPS = (*ALWAYS, CROP, "do_pad", "do_pan_and_scan")
+# Steps that image processors may take, first those that all take.
+ALWAYS, CROP, PAD = {"do_resize", "do_rescale", "do_normalize"}, "do_center_crop", "do_pad"
+STEPS = (*ALWAYS, CROP, PAD, "do_pan_and_scan")
 
 MAX_MOVED = 1 << 26  # bytes of a picture that is moved as it is, 22 million pixels: of a larger one, what it becomes
 
@@ -73,16 +73,23 @@ class Square:
         return int(edge * height / short), int(edge * width / short)
 
 
+def is_plain(processor: Any, names: Sequence[str], may: Sequence[str] = ()) -> bool:
+    """Return whether an image processor of transformers resizes, rescales and normalizes, and does no more.
+
+    names: of classes that do no more unless they are asked to. may: further steps that it may be asked for.
+    """
+    import transformers
+
+    plain = [getattr(transformers, name)._preprocess for name in names]
+    does = {step for step in STEPS if getattr(processor, step, None)}
+    return type(processor)._preprocess in plain and does.difference(may) == ALWAYS
+
+
 def square_of(processor: Any) -> Square | None:
     """Return what makes the same of pictures as an image processor of transformers; None: it does more."""
-    from transformers import Gemma3ImageProcessorPil
-    from transformers.image_processing_backends import PilBackend
-
-    plain = PilBackend._preprocess, Gemma3ImageProcessorPil._preprocess
-    does = {name for name in STEPS if getattr(processor, name, None)}
-    if type(processor)._preprocess not in plain or does - {CROP} != ALWAYS:
+    if not is_plain(processor, ("CLIPImageProcessorPil", "Gemma3ImageProcessorPil"), (CROP,)):
         return None
-    size, crop = dict(processor.size), dict(processor.crop_size) if CROP in does else {}
+    size, crop = dict(processor.size), dict(processor.crop_size) if getattr(processor, CROP, None) else {}
     if not crop and size.keys() == {"height", "width"}:
         return Square(processor, (size["height"], size["width"]), is_whole=True)
     if crop and size.keys() == {"shortest_edge"} and max(crop.values()) <= size["shortest_edge"]:
