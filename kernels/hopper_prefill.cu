@@ -22,9 +22,10 @@ struct Args {
   const int *seq_lens, *cu_q_lens, *rows, *slot_table, *slot_map;
   const void* sinks;
   float* partial;  // of parts of works, see `write_part`
-  int* counters;   // zeros: of works that blocks have claimed, of blocks that have ended, then of parts of each work
+  int* counters;   // zeros: of works that blocks have claimed, of blocks that have ended, then of parts of each cut work
   int num_requests, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, table_stride;
-  int group, num_kv_heads, window, num_parts;
+  int group, num_kv_heads, window, most_parts;
+  u32 group_inverse;  // 2 ** 32 / group, rounded up
   float scale, softcap;  // scores times scale are in units of log2; softcap is too
 };
 
@@ -40,6 +41,7 @@ constexpr int PITCH = 144;  // bytes of a staged row of 64 values: 16 more, so t
 constexpr int STAGING_BYTES = 16 * PITCH;
 constexpr int CACHE_BYTES = 40 << 20;  // of keys and values, which an L2 cache of 50 MB keeps beside what else passes
 constexpr int LEAST_PART = 512 / KEYS;  // tiles of keys that are worth a block of their own
+constexpr int PART_COST = 512 / KEYS;   // what a part costs besides, as so many tiles
 constexpr float HIDDEN = -3e38f;  // score of a token that is not seen
 constexpr float NONE_YET = -1e30f;  // largest score of a row that has seen nothing: exp2 of the difference is 0
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -113,6 +115,12 @@ __device__ __forceinline__ void multiply_values(float (&o)[VALUE_DIM / 2], u32 p
                : PV_SUMS
                : "r"(p0), "r"(p1), "r"(p2), "r"(p3), "l"(v), "r"((int)add));
 }
+// Add to a counter of all blocks: what this block has written is seen by whoever adds after it.
+__device__ __forceinline__ int add_and_order(int* counter, int x) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+  return before;
+}
 __device__ __forceinline__ float power_of_2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -163,6 +171,11 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 
 constexpr u32 ALL = 0xffffffff;
 
+// Return which query of a request a row is of, without a division.
+__device__ __forceinline__ int query_of(const Args& args, int row) {
+  return args.group == 1 ? row : __umulhi(row, args.group_inverse);
+}
+
 struct Request {
   int q_begin, q_len, seq_len, row;
   int end;  // of its tiles among all requests'
@@ -173,7 +186,8 @@ struct Plan;
 // The rows of a tile of one KV head, and the tiles of keys that they see, or a part of these.
 struct Work {
   Request request;
-  int number, part, num_parts, head, first_row, begin, end;
+  int number, first_place, part, num_parts;  // number: among those that are cut
+  int head, first_row, begin, end;
   int is_there;
 
   // Find the one whose number `claim` returns, or one of its next numbers if that is no part of anything.
@@ -184,8 +198,9 @@ struct Work {
     } while (is_there && part >= num_parts);
   }
   __device__ bool find_tile(const Args& args, const Plan& plan, int claimed);
-  __device__ int query(int row, int group) const { return min(row / group, request.q_len - 1); }
-  __device__ int position(int row, int group) const { return request.seq_len - request.q_len + query(row, group); }
+  __device__ int position(const Args& args, int row) const {
+    return request.seq_len - request.q_len + min(query_of(args, row), request.q_len - 1);
+  }
   __device__ static int first_seen(int position, int window) {
     return WINDOW == 0 ? 0 : WINDOW == 2 ? position / window * window : max(position - window + 1, 0);
   }
@@ -194,6 +209,7 @@ struct Work {
 struct Plan {
   Work claimed[2];  // see `Claims`
   int num_tiles, heads_abreast;
+  int num_works, num_whole, num_parts;  // num_whole: works that are not cut, num_parts: into which all others are
   Request requests[MAX_REQUESTS];
 };
 
@@ -211,6 +227,50 @@ struct Ring {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
+
+// The last tiles of a prompt see the most: they come first, so that they do not end last.
+__device__ __forceinline__ bool Work::find_tile(const Args& args, const Plan& plan, int claimed) {
+  int num_tiles = plan.num_tiles, abreast = plan.heads_abreast;
+  number = max(claimed - plan.num_whole, 0) / plan.num_parts, first_place = number * plan.num_parts;
+  part = max(claimed - plan.num_whole, 0) - first_place;
+  const int among_all = min(claimed, plan.num_whole) + number;
+  if (among_all >= plan.num_works) return false;
+  int rest = among_all % (num_tiles * abreast);
+  head = among_all / (num_tiles * abreast) * abreast + rest % abreast;
+  int tile = num_tiles - 1 - rest / abreast, low = 0, high = args.num_requests - 1;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (plan.requests[middle].end <= tile)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  request = plan.requests[low];
+  first_row = (tile - (low ? plan.requests[low - 1].end : 0)) * BLOCK_ROWS;
+  end = (position(args, first_row + BLOCK_ROWS - 1) + KEYS) / KEYS;
+  begin = first_seen(position(args, first_row), args.window) / KEYS;
+  const int num = end - begin;
+  num_parts = claimed < plan.num_whole ? 1 : max(min(plan.num_parts, num / LEAST_PART), 1);
+  end = begin + (part + 1) * num / num_parts;
+  begin += part * num / num_parts;
+  return true;
+}
+
+// Works that are too few for a whole round of all blocks are cut, in whatever way lets them end first.
+__device__ __forceinline__ void cut_last_round(const Args& args, Plan& plan) {
+  const int places = gridDim.x, rest = plan.num_works % places;
+  Work work;
+  if (args.most_parts == 1 || rest == 0 || !work.find_tile(args, plan, plan.num_works - rest)) return;
+  const int length = work.end - work.begin, most = min(args.most_parts, length / LEAST_PART);
+  int least = length, parts = 1;
+  for (int rounds = 1; rounds <= 2; rounds++) {
+    const int num = min(rounds * places / rest, most);
+    const int time = num > 1 ? rounds * ((length + num - 1) / num + PART_COST) : length;
+    if (time < least) least = time, parts = num;
+  }
+  __syncwarp();
+  if (parts > 1) plan.num_whole = plan.num_works - rest, plan.num_parts = parts;
+}
 
 // List the requests, whose tiles are of BLOCK_ROWS rows, one after another. One warp does.
 __device__ __forceinline__ void make_plan(const Args& args, Plan& plan) {
@@ -238,32 +298,9 @@ __device__ __forceinline__ void make_plan(const Args& args, Plan& plan) {
   int abreast = args.num_kv_heads;
   while (abreast > 1 && (args.num_kv_heads % abreast || longest > CACHE_BYTES / (2 * (KEY_DIM + VALUE_DIM)) / abreast)) abreast--;
   plan.num_tiles = before, plan.heads_abreast = abreast;
-}
-
-// The last tiles of a prompt see the most: they come first, so that they do not end last.
-__device__ __forceinline__ bool Work::find_tile(const Args& args, const Plan& plan, int claimed) {
-  int num_tiles = plan.num_tiles, abreast = plan.heads_abreast;
-  if (claimed >= num_tiles * args.num_kv_heads * args.num_parts) return false;
-  part = claimed % args.num_parts, number = claimed / args.num_parts;
-  int rest = number % (num_tiles * abreast);
-  head = number / (num_tiles * abreast) * abreast + rest % abreast;
-  int tile = num_tiles - 1 - rest / abreast, low = 0, high = args.num_requests - 1;
-  while (low < high) {
-    int middle = (low + high) / 2;
-    if (plan.requests[middle].end <= tile)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  request = plan.requests[low];
-  first_row = (tile - (low ? plan.requests[low - 1].end : 0)) * BLOCK_ROWS;
-  end = (position(first_row + BLOCK_ROWS - 1, args.group) + KEYS) / KEYS;
-  begin = first_seen(position(first_row, args.group), args.window) / KEYS;
-  const int num = end - begin;
-  num_parts = max(min(args.num_parts, num / LEAST_PART), 1);
-  end = begin + (part + 1) * num / num_parts;
-  begin += part * num / num_parts;
-  return true;
+  plan.num_works = plan.num_whole = before * args.num_kv_heads, plan.num_parts = 1;
+  __syncwarp();
+  cut_last_round(args, plan);
 }
 
 // Works, of which one warp claims for its block always the next one that no block has, and all others read.
@@ -317,7 +354,7 @@ __device__ __forceinline__ void copy_queries(const Args& args, const Work& work,
 #pragma unroll 4
   for (int i = 0; i < ROWS * PIECES / 128; i++) {
     int piece = (i * 128 + thread) % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + warpgroup * ROWS + row;
-    int query = at / args.group, head = work.head * args.group + at % args.group;
+    int query = query_of(args, at), head = (work.head - query) * args.group + at;
     bool is_row = query < work.request.q_len;
     const u16* from = args.q;
     if (is_row) from += (i64)(work.request.q_begin + query) * args.q_stride + head * args.q_head_stride + 8 * piece;
@@ -375,7 +412,7 @@ struct Loader {
       if (args.slot_map == nullptr) {
         slots[i] = of_tokens[token];
       } else {  // what stands before the first token that is seen may be another request's
-        int least = Work::first_seen(work.position(work.first_row, args.group), args.window);
+        int least = Work::first_seen(work.position(args, work.first_row), args.window);
         slots[i] = args.slot_map[of_tokens[max(token, least)]];
       }
     }
@@ -476,7 +513,7 @@ struct Softmax {
 constexpr int PART_VALUES = VALUE_DIM / 2 + 4;  // of a thread: its sums, m and l
 
 __device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int warpgroup, int part) {
-  const i64 number = (i64)(work.number * args.num_parts + part) * WARPGROUPS + warpgroup;
+  const i64 number = (i64)(work.first_place + part) * WARPGROUPS + warpgroup;
   return args.partial + number * (PART_VALUES * 128) + threadIdx.x % 128;
 }
 __device__ __forceinline__ void write_part(const Args& args, const Work& work, int warpgroup,
@@ -492,13 +529,11 @@ __device__ __forceinline__ void write_part(const Args& args, const Work& work, i
 }
 // Return whether this warpgroup is the last one to have written a part of its rows.
 __device__ __forceinline__ bool is_last_part(const Args& args, const Work& work, int warpgroup, volatile int* told) {
-  __threadfence();
   sync_warpgroup(warpgroup);
   if (threadIdx.x % 128 == 0) {
     int* arrivals = args.counters + 2 + work.number * WARPGROUPS + warpgroup;
-    const bool is_last = atomicAdd(arrivals, 1) == work.num_parts - 1;
+    const bool is_last = add_and_order(arrivals, 1) == work.num_parts - 1;
     if (is_last) *arrivals = 0;
-    __threadfence();
     *told = is_last;
   }
   sync_warpgroup(warpgroup);
@@ -640,12 +675,12 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       int last[2], first[2];  // tokens that a thread's two rows see
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        last[h] = work.position(row + lane / 4 + 8 * h, args.group);
+        last[h] = work.position(args, row + lane / 4 + 8 * h);
         first[h] = Work::first_seen(last[h], args.window);
       }
       const int top = work.first_row + warpgroup * ROWS;
-      const int all_last = work.position(top, args.group);
-      const int all_first = Work::first_seen(work.position(top + ROWS - 1, args.group), args.window);
+      const int all_last = work.position(args, top);
+      const int all_first = Work::first_seen(work.position(args, top + ROWS - 1), args.window);
       auto mask = [&](int tile) {
         if (HAS_SOFTCAP) cap(s, args);
         if ((tile + 1) * KEYS <= all_last + 1 && (WINDOW == 0 || tile * KEYS >= all_first)) return;
@@ -712,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       for (int h = 0; h < 2; h++) {
         factor[h] = 1.0f / softmax.l[h];
         if (HAS_SINKS) {
-          const int head = work.head * args.group + (row + lane / 4 + 8 * h) % args.group;
+          const int at = row + lane / 4 + 8 * h, head = (work.head - query_of(args, at)) * args.group + at;
           const float sink = IS_SINK_FLOAT ? ((const float*)args.sinks)[head] : unpack(((const u16*)args.sinks)[head]);
           factor[h] *= inverse(1.0f + power_of_2(sink * LOG2_E - softmax.m[h] - log_of_2(softmax.l[h])));
         }
@@ -721,7 +756,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       bool is_row[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int at = row + i * 4 + lane / 8, query = at / args.group, head = work.head * args.group + at % args.group;
+        const int at = row + i * 4 + lane / 8, query = query_of(args, at), head = (work.head - query) * args.group + at;
         is_row[i] = query < work.request.q_len;
         to[i] = args.out + (i64)(work.request.q_begin + query) * args.out_stride + head * VALUE_DIM + lane % 8 * 8;
       }

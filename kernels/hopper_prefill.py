@@ -32,11 +32,9 @@ RUN_SLOTS = 32  # that are copied together where they follow each other
 MAX_REQUESTS = 256  # which a block lists in its shared memory
 MAX_SHARED_REQUESTS = 32  # where keys are shared, whose tiles leave less room
 REQUEST_BYTES = 20
-CLAIM_BYTES = 32 + 2 * 52 + 8  # barriers, works, sizes
+CLAIM_BYTES = 32 + 2 * 56 + 20  # barriers, works, sizes
 MAX_PARTS = 16
-MAX_LONG_PARTS = 4  # of contexts that are more than the multiprocessors
-PART_COST = 0.06  # of cutting contexts once more, as a share of attending to them: sums are written and merged
-LEAST_WINDOW = {64: 1024, 128: 256, 256: 512}  # head size -> from where it is faster than `triton_prefill`
+LEAST_WINDOW = {64: 256, 128: 128, 256: 512}  # head size -> from where it is faster than `triton_prefill`
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,9 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int) for name in (
             "num_requests", "q_stride", "q_head_stride", "k_stride", "k_head_stride", "v_stride", "v_head_stride",
             "out_stride", "table_stride", "group", "num_kv_heads", "window",
-            "num_parts",
+            "most_parts",
         )),
+        ("group_inverse", ctypes.c_uint),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )  # fmt: skip
@@ -167,13 +166,13 @@ def prefill(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     shared_keys: torch.Tensor | None = None,
-    num_parts: int | None = None,
+    most_parts: int = MAX_PARTS,
 ) -> None:
     """Write the attention of the tokens after the first num_decodes, any number of each request, into `out`.
 
     shared_keys [num_slots, P]: as if they stood behind each head's in k_cache. All slots of a request then follow each
-    other, from its `rows` on. num_parts: into how many parts contexts are cut at most; the last block to have attended
-    to a part merges them.
+    other, from its `rows` on. most_parts: into how many parts contexts are cut at most where blocks would else have
+    nothing to do; the last block to have attended to a part merges them.
     """
     variant = Variant(
         q.shape[2],
@@ -187,16 +186,13 @@ def prefill(
     group = q.shape[1] // num_kv_heads
     first = batch.num_decodes
     num_requests = len(batch.rows) - first
-    num_rows, block_rows = (q.shape[0] - first) * group, variant.block_rows
-    if num_parts is None:
-        num_expected = cdiv(num_rows, block_rows) * num_kv_heads
-        num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
-    partial, num_works = None, (num_rows // block_rows + num_requests) * num_kv_heads
-    if num_parts > 1:
-        num_sums = num_works * num_parts * 2 * block_rows * (variant.value_dim // 2 + 4)
+    most_works = ((q.shape[0] - first) * group // variant.block_rows + num_requests) * num_kv_heads
+    num_blocks = min(card_of(q.device).num_sms, most_works * most_parts)
+    partial = None
+    if most_parts > 1:
+        num_sums = 2 * num_blocks * 2 * variant.block_rows * (variant.value_dim // 2 + 4)
         partial = torch.empty(num_sums, dtype=torch.float32, device=q.device)
-    num_arrivals = variant.warpgroups * num_works if num_parts > 1 else 0
-    counters = arrival_counters(q.device, 2 + num_arrivals)
+    counters = arrival_counters(q.device, 2 + variant.warpgroups * num_blocks)
     if only_compiles():
         compile_ahead(_kernel, variant, q.device)
         return
@@ -207,23 +203,11 @@ def prefill(
         table.data_ptr(), address(batch.slot_map), address(sinks), address(partial), counters.data_ptr(),
         num_requests, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
         v_cache.stride(1), out.stride(0), table.stride(0), group, num_kv_heads, max(window, 0),
-        num_parts, scale * LOG2_E, softcap * LOG2_E,
+        most_parts, cdiv(2**32, group) % 2**32, scale * LOG2_E, softcap * LOG2_E,
     )  # fmt: skip
     shared = k_cache if shared_keys is None else shared_keys[:, None]  # read by no kernel without them
     maps = [_tensor_map(*_layout(cache), variant.dtype) for cache in (k_cache, v_cache, shared)]
-    num_blocks = min(card_of(q.device).num_sms, num_works * num_parts)
     _kernel(variant, q.device).launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
-
-
-def choose_num_parts(num_works: int, num_places: int) -> int:
-    """Choose into how many parts contexts are cut, so that all multiprocessors are busy, in the last round too."""
-    if num_works <= num_places:
-        return max(1, min(num_places // max(num_works, 1), MAX_PARTS))
-
-    def rounds(num_parts: int) -> float:
-        return cdiv(num_works * num_parts, num_places) / num_parts * (1 + PART_COST * (num_parts - 1))
-
-    return min(range(1, MAX_LONG_PARTS + 1), key=rounds)
 
 
 @functools.cache

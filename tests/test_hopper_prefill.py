@@ -18,6 +18,7 @@ from kernels.card import HOPPER_SHARED_BYTES
 from kernels.hopper_prefill import (
     KEYS,
     LEAST_WINDOW,
+    MAX_PARTS,
     MAX_REQUESTS,
     RUN_SLOTS,
     SHARED_DIM,
@@ -25,7 +26,6 @@ from kernels.hopper_prefill import (
     Variant,
     can_prefill,
     can_prefill_shared,
-    choose_num_parts,
     prefill,
     source,
 )
@@ -135,15 +135,6 @@ def test_a_block_fits_where_keys_share_elements(head_dim: int) -> None:
     assert SHARED_SIZES[head_dim][1] % (2 * RUN_SLOTS) == 0
 
 
-def test_contexts_are_cut_as_long_as_multiprocessors_would_idle() -> None:
-    assert [choose_num_parts(num_works, 132) for num_works in (8, 32, 66, 67, 132, 5000)] == [16, 4, 2, 1, 1, 1]
-
-
-def test_contexts_are_cut_where_the_last_round_would_leave_most_multiprocessors_idle() -> None:
-    chunks = {992: 1, 1120: 3, 1248: 2, 1504: 1, 1760: 2, 2016: 1}  # of Llama-3-8B: a work is 32 tokens of a KV head
-    assert {tokens: choose_num_parts(tokens // 32 * 8, 132) for tokens in chunks} == chunks
-
-
 @pytest.mark.parametrize(("dtype", "short"), [(BF16, "bf16"), (FP16, "f16")])
 def test_the_source_names_the_instructions_of_its_tiles(dtype: torch.dtype, short: str) -> None:
     text = source(Variant(256, dtype))
@@ -169,7 +160,7 @@ def check(
     num_kv_heads: int = 2,
     head_dim: int = 128,
     dtype: torch.dtype = BF16,
-    num_parts: int | None = None,
+    most_parts: int = MAX_PARTS,
     is_in_a_row: bool = True,
     **options: Any,
 ) -> None:
@@ -186,7 +177,7 @@ def check(
     k[~is_token] = v[~is_token] = float("nan")
     for _ in range(2):  # again with the arrival counters that the run before left
         found = torch.full_like(q, float("nan"))
-        prefill(q, k, v, batch, found, num_parts=num_parts, **options)
+        prefill(q, k, v, batch, found, most_parts=most_parts, **options)
         first = batch.num_decodes
         assert found[:first].isnan().all(), "single tokens are left as they are"
         assert (found[first:].float() - expected[first:]).abs().max().item() < TOLERANCE[dtype]
@@ -195,9 +186,9 @@ def check(
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", KEYS)
 @pytest.mark.parametrize("is_in_a_row", [True, False])
-@pytest.mark.parametrize("num_parts", [1, 3, None])
-def test_prompts_equal_the_definition(head_dim: int, is_in_a_row: bool, num_parts: int | None) -> None:
-    check(PROMPTS, head_dim=head_dim, is_in_a_row=is_in_a_row, num_parts=num_parts)
+@pytest.mark.parametrize("most_parts", [1, 3, MAX_PARTS])
+def test_prompts_equal_the_definition(head_dim: int, is_in_a_row: bool, most_parts: int) -> None:
+    check(PROMPTS, head_dim=head_dim, is_in_a_row=is_in_a_row, most_parts=most_parts)
 
 
 @pytest.mark.gpu
@@ -224,12 +215,13 @@ def test_options_equal_the_definition(head_dim: int, options: dict[str, Any]) ->
 def test_there_may_be_many_prompts_and_long_contexts() -> None:
     check([(17 + i % 9, 30 + i) for i in range(200)])
     check([(500, 20000), (3, 5000)])
+    check([(500, 20000), (3, 5000)], window=4000)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_parts", [1, 3])
-def test_the_padding_of_a_graph_costs_no_result(num_parts: int) -> None:
-    check([(1, 9), (1, 30), (700, 2100), (40, 300), *[(0, 0)] * 14], num_parts=num_parts)
+@pytest.mark.parametrize("most_parts", [1, MAX_PARTS])
+def test_the_padding_of_a_graph_costs_no_result(most_parts: int) -> None:
+    check([(1, 9), (1, 30), (700, 2100), (40, 300), *[(0, 0)] * 14], most_parts=most_parts)
 
 
 @pytest.mark.gpu
@@ -249,18 +241,16 @@ def test_slots_may_be_mapped_and_what_is_behind_a_window_may_be_anything() -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", SHARED_SIZES)
-@pytest.mark.parametrize("num_parts", [1, 3, None])
+@pytest.mark.parametrize("most_parts", [1, 3, MAX_PARTS])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_keys_that_share_elements_equal_the_definition(
-    head_dim: int, num_parts: int | None, dtype: torch.dtype
-) -> None:
+def test_keys_that_share_elements_equal_the_definition(head_dim: int, most_parts: int, dtype: torch.dtype) -> None:
     batch = bench.attention.make_batch([(150, 150), (40, 300), (700, 2100), (3, 77)], seed=0)
     lens, value_dim, own_dim = batch.seq_lens, SHARED_SIZES[head_dim][0], head_dim - SHARED_DIM
     starts = lens.cumsum(0, dtype=torch.int32) - lens
     num_slots, num_tokens = int(lens.sum()), int(batch.q_lens_host.sum())
     q = torch.randn(num_tokens, 3, head_dim, device="cuda").to(dtype)
     made = torch.randn(num_slots, 3, own_dim + value_dim, device="cuda").to(dtype)
-    shared = torch.randn(num_slots, 500 + SHARED_DIM, device="cuda").to(dtype)[:, -SHARED_DIM:]
+    shared = torch.randn(num_slots, 512 + SHARED_DIM, device="cuda").to(dtype)[:, -SHARED_DIM:]
     keys, values = torch.cat((made[..., :own_dim], shared[:, None].expand(-1, 3, -1)), dim=2), made[..., own_dim:]
     slots = torch.arange(num_slots, dtype=torch.int32, device="cuda")
     table = torch.stack([slots.roll(-int(start)) for start in starts])
@@ -270,5 +260,5 @@ def test_keys_that_share_elements_equal_the_definition(
     )  # fmt: skip
     found = torch.full((num_tokens, 3, value_dim), float("nan"), dtype=dtype, device="cuda")
     in_a_row = replace(batch, rows=starts)
-    prefill(q, made[..., :own_dim], values, in_a_row, found, scale=0.07, shared_keys=shared, num_parts=num_parts)
+    prefill(q, made[..., :own_dim], values, in_a_row, found, scale=0.07, shared_keys=shared, most_parts=most_parts)
     assert (found.float() - expected).abs().max().item() < TOLERANCE[dtype]
