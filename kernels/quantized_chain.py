@@ -22,7 +22,7 @@ from kernels.weights import Norm
 
 ATTENTION_BYTES = 24 << 10  # of shared memory that attention's block has room in beside a chain's
 MOST_STAGES = 16
-LEAST_BYTES = 16 << 20  # of a weight in the mean: smaller ones have not been measured, nor has more than 4 bits gained
+LEAST_BYTES = 6 << 20  # of a weight in the mean: smaller ones have not been measured, nor has more than 4 bits gained
 
 
 class ChainConfig(NamedTuple):
