@@ -109,7 +109,9 @@ def compiling_ahead() -> Iterator[None]:
         logger.info("compiled %d kernels in %.1f s", len(rehearsal.kernels), took_s)
 
 
-_loaded: set[tuple[str, ...]] = set()  # launchers of this process, by the types of their arguments
+_loaded: set[tuple[str, ...]] = set()  # launchers of this process, by the types of their arguments in C
+_loading = threading.Lock()  # for who loads launchers: see `_load_all`
+ALIKE_IN_C = {"i1": "i8", "u1": "u8", "f32": "fp32"}
 
 
 def _load_all(kernels: Iterable[Any], threads: Executor) -> None:
@@ -120,19 +122,24 @@ def _load_all(kernels: Iterable[Any], threads: Executor) -> None:
     read that one. So each file is loaded once by many threads, and all further loads follow one by one.
     """
     new, alike = [], []
-    for kernel in [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]:
-        (alike if (launcher := _launcher(kernel)) in _loaded else new).append(kernel)
-        _loaded.add(launcher)
-    list(threads.map(_load, new))
-    for kernel in alike:
-        _load(kernel)
+    compiled = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
+    with _loading:
+        for kernel in compiled:
+            (alike if (launcher := _launcher(kernel)) in _loaded else new).append(kernel)
+            _loaded.add(launcher)
+        list(threads.map(_load, new))
+        for kernel in alike:
+            _load(kernel)
 
 
 def _launcher(kernel: Any) -> tuple[str, ...]:
-    return tuple(kind for kind in map(str, kernel.src.signature.values()) if kind != "constexpr")
+    """Return what a launcher's file depends on: a pointer is one to anything."""
+    kinds = [kind for kind in map(str, kernel.src.signature.values()) if kind != "constexpr"]
+    return tuple("*" if kind.startswith("*") else ALIKE_IN_C.get(kind, kind) for kind in kinds)
 
 
 def _load(kernel: Any) -> None:
+    """Load a kernel and its launcher, unless they have been."""
     from triton.runtime.errors import OutOfResources
 
     with contextlib.suppress(OutOfResources):  # its first launch takes fewer stages
@@ -176,13 +183,16 @@ class Kernel:
         if hasattr(kernel, "packed_metadata"):
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = kernel, tuple(keywords[name] for name in names)
-            _loaded.add(_launcher(kernel))
 
     def _first_launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Launch by Triton, which compiles. A GPU with less shared memory than the stages need gets fewer of them."""
         from triton.runtime.errors import OutOfResources  # here: a machine without a GPU need not have it
 
         try:
+            if (compiled := self.function.run(*args, grid=grid, warmup=True, **keywords)) is not None:
+                with _loading:
+                    _load(compiled)
+                    _loaded.add(_launcher(compiled))
             return self.function[grid](*args, **keywords)
         except OutOfResources as error:
             num_stages = keywords.get("num_stages", 1) - 1
