@@ -13,6 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from cache.allocator import PageAllocator
+from cache.layout import Latent
 from cache.pool import CachePool
 from cache.radix import NoCache, RadixCache
 from cache.window import WindowSlots
@@ -305,7 +306,8 @@ def build_runner(
     graph_sizes = None
     if device.type == "cuda":
         max_tokens = comm.minimum(max_graph_tokens(bytes_per_token(model, weights_bytes)))
-        graph_sizes = choose_graph_sizes(config, sizes, model_config.is_generation, max_tokens)
+        has_latents = any(isinstance(entry, Latent) for entry in model.cache_layout())
+        graph_sizes = choose_graph_sizes(config, sizes, model_config.is_generation, max_tokens, has_latents=has_latents)
     slot_table = torch.zeros(sizes.num_rows + 1, sizes.max_len, dtype=torch.int32, device=device)
     stager = Stager(sizes.max_staged_tokens, sizes.max_staged_requests, slot_table)
     rows = Rows(sizes.num_rows, sizes.max_len)

@@ -130,15 +130,22 @@ class Sizes:
         return num_tokens + self.page_size
 
 
+# Of prompts, in a CUDA graph of a model with latents: it knows no contexts, so it attends to latents themselves, which
+# takes several times as long as to keys that are made of them.
+MAX_LATENT_TOKENS = 512
+
+
 def max_graph_tokens(bytes_per_token: int) -> int:
     """Return the tokens of the largest step that a CUDA graph makes faster, of which each meets so much of weights."""
     return int(MAX_GRAPH_WORK / bytes_per_token)
 
 
-def choose_graph_sizes(config: EngineConfig, sizes: Sizes, is_generation: bool, max_tokens: int) -> GraphSizes | None:
+def choose_graph_sizes(
+    config: EngineConfig, sizes: Sizes, is_generation: bool, max_tokens: int, *, has_latents: bool = False
+) -> GraphSizes | None:
     """Return which steps are captured as CUDA graphs, or None if none are. config: resolved, for CUDA.
 
-    is_generation: the model's. max_tokens: see `max_graph_tokens`.
+    is_generation, has_latents: the model's, as its cache has. max_tokens: see `max_graph_tokens`.
     """
     is_captured = (
         is_generation
@@ -150,7 +157,7 @@ def choose_graph_sizes(config: EngineConfig, sizes: Sizes, is_generation: bool, 
     assert config.cuda_graph_max_bs
     return GraphSizes(
         config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs),
-        max_prompt_tokens=min(sizes.chunk, sizes.max_len),
+        max_prompt_tokens=min(sizes.chunk, sizes.max_len, *([MAX_LATENT_TOKENS] if has_latents else [])),
         max_tokens=max_tokens,
         max_requests=sizes.num_rows,
     )
