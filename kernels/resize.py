@@ -35,8 +35,9 @@ def resize(frames: torch.Tensor, height: int, width: int, how: int, window: Wind
 
     how: one of `PIL.Image.Resampling`.
     """
+    may_be_whole = window is None or height * width <= MAX_WHOLE
     window = window or Window(0, 0, height, width)
-    if how not in REACH or (not frames.is_cuda and height * width <= MAX_WHOLE):
+    if how not in REACH or (not frames.is_cuda and may_be_whole):
         return resize_pillow(frames.cpu(), height, width, how, window).to(frames.device)
     if not frames.is_cuda:
         return resize_by(pass_torch, frames, height, width, how, window)

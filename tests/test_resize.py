@@ -58,6 +58,8 @@ def test_of_a_picture_that_would_become_huge_only_the_part_is_made(monkeypatch: 
     assert torch.equal(
         resize(few, 9, 9, Resampling.BOX).cpu(), resize_pillow(few.cpu(), 9, 9, Resampling.BOX, Window(0, 0, 9, 9))
     ), "Pillow's, as no other knows it"
+    monkeypatch.setattr(module, "pass_torch", None)
+    assert resize(few.cpu(), 9, 9, Resampling.BICUBIC).shape == (1, 9, 9, 3), "a whole picture is Pillow's at any size"
 
 
 @pytest.mark.parametrize(
