@@ -473,7 +473,7 @@ def attention_of_products(
     arguments = qkv, rotation, k_cache, v_cache, batch, num_heads
     if backend == "torch":
         return attention_of_products_torch(*arguments, **options)
-    if can_attend_one_token(qkv, rotation, k_cache, v_cache, num_heads, **options):
+    if can_attend_one_token(*arguments, **options):
         return attend_one_token(*arguments, **options)
     from kernels.triton_attention import attention_of_products_triton  # here: a machine without a GPU need not have it
 

@@ -63,7 +63,7 @@ class AttentionBatch(Protocol):
 
     @property
     def seq_lens_host(self) -> np.ndarray:
-        """Integers [B]. The "triton" kernels do not read it."""
+        """Integers [B]. The "triton" kernels read only whether a single one is long: all steps of a graph agree."""
 
     @property
     def shared(self) -> SharedPrefixes | None:

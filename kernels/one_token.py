@@ -15,6 +15,8 @@ from kernels.quantized_kernel import Kernel
 
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 8  # query heads of a KV head
+# Multiprocessors do not share out a context further: with fewer heads, or behind a longer one, Triton's is faster.
+MIN_KV_HEADS, LONG_CONTEXT = 8, 4096
 SPLIT = 8  # blocks of a cluster, which share out a request's tokens
 WARPS = 8
 LOG2_E = 1.4426950408889634
@@ -85,19 +87,22 @@ def can_attend_one_token(
     rotation: HeadRotation,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    batch: AttentionBatch,
     num_heads: int,
     *,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     **_options: Any,
 ) -> bool:
-    """Return whether `attend_one_token` takes these."""
+    """Return whether `attend_one_token` takes these, and is faster than Triton's kernel."""
     num_kv_heads, head_dim = k_cache.shape[1:]
     dtypes = {
         tensor.dtype for tensor in (qkv, k_cache, v_cache, rotation.q_norm, rotation.k_norm) if tensor is not None
     }
     return (
         is_available(qkv.device)
+        and num_kv_heads >= MIN_KV_HEADS
+        and bool((batch.seq_lens_host <= LONG_CONTEXT).all())
         and slopes is None
         and (sinks is None or sinks.dtype in (qkv.dtype, torch.float32))
         and dtypes in ({torch.bfloat16}, {torch.float16})

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import bench.attention
 from bench.attention import Batch
 from kernels import attention as torch_attention
-from kernels import flashinfer_attention
+from kernels import flashinfer_attention, one_token
 from kernels.attention import (
     ONE_KERNEL_TOKENS,
     attention,
@@ -24,7 +24,8 @@ from kernels.attention import (
     fits_one_kernel,
 )
 from kernels.attention_batch import HeadRotation
-from kernels.one_token import attend_one_token, can_attend_one_token
+from kernels.hopper import is_available
+from kernels.one_token import attend_one_token
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill, prefill_splits
@@ -408,7 +409,7 @@ def test_the_kernel_of_one_token_equals_its_twin(
     qkv, rotation, k, v, batch = make_products(lens, (num_heads, 2, head_dim, rotary_dim), dtype, norms)
     if "sinks" in options:
         options = options | {"sinks": torch.tensor(options["sinks"]).to(DEVICE, dtype)}
-    if not can_attend_one_token(qkv, rotation, k, v, num_heads, **options):
+    if not is_available(qkv.device):
         pytest.skip("it is for Hopper")
     if head_dim == 64:  # as where windows have slots of their own
         batch.slot_map = torch.randperm(len(k), generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
@@ -427,6 +428,19 @@ def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
     assert not fits_one_kernel(make_batch([(2, 9)]), "triton")
     assert not fits_one_kernel(make_batch([(1, 9)], groups=[]), "triton")
     assert not fits_one_kernel(make_batch([(1, 9)] * (ONE_KERNEL_TOKENS + 1)), "triton")
+
+
+def test_one_token_behind_a_long_context_or_of_few_heads_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_token, "is_available", lambda device: True)
+
+    def can(length: int, num_kv_heads: int = 8) -> bool:
+        heads = 2 * num_kv_heads, num_kv_heads, 64, 64
+        qkv, rotation, k, v, batch = make_products([length], heads, torch.bfloat16, [])
+        return one_token.can_attend_one_token(qkv, rotation, k, v, batch, heads[0])
+
+    assert can(one_token.LONG_CONTEXT)
+    assert not can(one_token.LONG_CONTEXT + 1)
+    assert not can(9, num_kv_heads=4)
 
 
 def test_the_arrival_counters_are_zero_again() -> None:

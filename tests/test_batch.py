@@ -18,6 +18,8 @@ from engine.step.batch import BATCH_FIELDS, GROUP_FIELDS, SAMPLE_FIELDS, StagedB
 from engine.step.batch import plan_of as read_plan
 from engine.step.cuda_graph import (
     MAX_PROMPTS,
+    GraphSizes,
+    StepGraphs,
     fitting_ladders,
     largest_size,
     rounded_up,
@@ -25,6 +27,7 @@ from engine.step.cuda_graph import (
     useful_sizes,
 )
 from engine.step.fields import FIELDS, Field, Layout, Size, StepShape
+from kernels.one_token import LONG_CONTEXT
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +246,34 @@ def test_a_later_step_of_the_same_requests_is_staged_as_if_there_had_been_none_b
         if i % 7 == 0:  # what another rank wrote, and other groups of the same requests
             stager.copy(np.full(80, 9, np.int32))
             sets[0].groups = others if sets[0].groups is some else some
+
+
+def test_a_single_request_with_a_long_context_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def graphs(batch_sizes: list[int], max_len: int) -> tuple[StepGraphs, list[list[int]]]:
+        lens: list[list[int]] = []
+        stager = Stager(8, 8, torch.zeros(9, max_len, dtype=torch.int32))
+
+        def run(staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            lens.append(staged.batch.seq_lens.tolist())
+            return torch.empty(0), torch.empty(0)
+
+        made = StepGraphs(GraphSizes(batch_sizes, 0, 8, 8), stager, run, lambda: None)
+        made.run_all()
+        return made, lens
+
+    made, lens = graphs([1, 2], LONG_CONTEXT + 9)
+    assert [LONG_CONTEXT + 1] in lens and [1] in lens
+    for num_cached, is_long in ((LONG_CONTEXT - 1, False), (LONG_CONTEXT, True)):
+        shape = made.shape_for(plan_of([num_cached], [], every=1))
+        assert shape == StepShape(1, 0, 0, 1, False, is_long=is_long)
+    assert made.shape_for(plan_of([LONG_CONTEXT] * 2, [], every=1)) == StepShape(2, 0, 0, 2, False)
+    assert [LONG_CONTEXT + 1] not in graphs([1, 2], LONG_CONTEXT)[1]
+    made, lens = graphs([2], LONG_CONTEXT + 9)
+    assert [LONG_CONTEXT + 1] not in lens
+    assert made.shape_for(plan_of([LONG_CONTEXT], [], every=1)) == StepShape(2, 0, 0, 2, False)
 
 
 def test_a_field_is_added_by_a_line_in_the_table() -> None:

@@ -19,6 +19,7 @@ import torch
 from engine.schedule.plan import Groups, Plan
 from engine.step.batch import StagedBatch, Stager
 from engine.step.fields import StepShape
+from kernels.one_token import LONG_CONTEXT
 
 
 class Ladder(NamedTuple):
@@ -108,7 +109,8 @@ class StepGraphs:
                 return None
             sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
             size = sizes[bisect.bisect_left(sizes, num_decodes)]
-            return self._decode_shape(size, plan.groups is not None)
+            is_long = size == 1 and plan.groups is None and plan.seq_lens[0] > LONG_CONTEXT
+            return self._decode_shape(size, plan.groups is not None, is_long=bool(is_long))
         if not num_samples or plan.prompt_logprobs:
             return None
         num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
@@ -152,9 +154,11 @@ class StepGraphs:
         return sizes
 
     def _families(self) -> list[tuple[Sequence[int], Callable[[int], StepShape]]]:
-        """Return (sizes, the shape of one) of each ladder, of decode steps with groups, of those without."""
+        """Return (sizes, the shape of one) of each ladder, of one long request, of decodes with groups and without."""
+        has_long = self.batch_sizes[0] == 1 and self._stager.slot_table.shape[1] > LONG_CONTEXT
         return [
             *((ladder.num_tokens, functools.partial(self._prefill_shape, ladder)) for ladder in self.ladders),
+            ([1] if has_long else [], functools.partial(self._decode_shape, has_groups=False, is_long=True)),
             (self.grouped_sizes, functools.partial(self._decode_shape, has_groups=True)),
             (self.batch_sizes, functools.partial(self._decode_shape, has_groups=False)),
         ]
@@ -168,9 +172,10 @@ class StepGraphs:
 
     def capture_all(self) -> None:
         """Capture all shapes, after `run_all`. The largest first: the smaller ones then fit into the memory it took."""
-        *of_ladders, of_grouped, of_decodes = self._families()
+        *of_ladders, of_long, of_grouped, of_decodes = self._families()
         for i, family in reversed(list(enumerate(of_ladders))):
             self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
+        self._capture_sizes(*of_long)
         self.grouped_sizes = self._capture_sizes(*of_grouped)
         self.batch_sizes = self._capture_sizes(*of_decodes)
 
@@ -310,8 +315,10 @@ def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def _decode_shape(size: int, has_groups: bool, has_windows: bool, has_rope: bool) -> StepShape:
-    return StepShape(size, 0, 0, size, has_groups, has_windows, has_rope)
+def _decode_shape(
+    size: int, has_groups: bool, has_windows: bool, has_rope: bool, *, is_long: bool = False
+) -> StepShape:
+    return StepShape(size, 0, 0, size, has_groups, has_windows, has_rope, is_long=is_long)
 
 
 def _prefill_shape(
@@ -342,14 +349,17 @@ def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _example_plan(shape: StepShape) -> Plan:
-    """Return a plan that fills `shape` with padding: row 0, token 0, slot 0, no groups. One prompt has all tokens."""
+    """Return a plan that fills `shape` with padding: row 0, token 0, slot 0, no groups. One prompt has all tokens.
+
+    Which kernels a graph has depends on lengths only where its shape says so: they are short or long accordingly.
+    """
     num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
     lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
     num_tokens = num_decodes + shape.num_prefill_tokens
     return Plan(
         rows=np.zeros(num_decodes + num_prompts, np.int32),
         q_lens=lens,
-        seq_lens=lens,
+        seq_lens=lens + np.int32(LONG_CONTEXT) if shape.is_long else lens,
         input_ids=np.zeros(num_tokens, np.int32),
         out_cache_loc=np.zeros(num_tokens, np.int32),
         num_decodes=num_decodes,

@@ -37,6 +37,7 @@ class StepShape(NamedTuple):
     has_spans: bool = False  # some tokens see tokens behind them
     num_features: int = 0  # tokens that get a picture's features as their vectors
     has_feature_rows: bool = False  # each token says whether it gets one, in a graph
+    is_long: bool = False  # the only token sees more than `kernels.one_token` is for, in a graph
 
     @property
     def num_requests(self) -> int:
