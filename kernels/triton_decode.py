@@ -130,7 +130,8 @@ def decode(
             q, k_cache, v_cache, rotated, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale,
             window, is_chunked, softcap, slopes, prefix_config,
         )  # fmt: skip
-    is_merged_later = rotated is not None and num_requests <= MOST_MERGED_LATER
+    # Beside a prefix's parts each request leaves a result, and a program has room for two: they are merged at once.
+    is_merged_later = rotated is not None and shared is None and num_requests <= MOST_MERGED_LATER
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
     merge_registers = 0 if is_merged_later else 64 if num_requests <= 4 else 32
@@ -177,12 +178,10 @@ def decode(
         _merge_kernel[(num_requests * num_heads, cdiv(v_dim, MERGED_COLUMNS))](
             out,
             batch.seq_lens,
-            shared.own_starts if shared is not None else None,
             partial,
             partial_lse,
             num_requests,
             num_programs,
-            num_splits,
             OUT_STRIDE=out.stride(0),
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
@@ -192,7 +191,6 @@ def decode(
             BLOCK_N=config.block_n,
             BLOCK_P=MERGED_PARTS,
             BLOCK_V=MERGED_COLUMNS,
-            PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
             **launch_options(q.device, num_warps=4),
         )
 
@@ -578,12 +576,10 @@ def _merge(
 def _merge_kernel(
     out,
     seq_lens,
-    own_starts,
     partial,
     partial_lse,
     num_requests,
     num_programs,
-    num_splits,
     OUT_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -593,10 +589,9 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PREFIX_BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge some columns of what `num_programs` of `_decode_kernel`, and parts of a prefix, found for a head."""
+    """Merge some columns of what programs of `_decode_kernel` found for a head."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     request = tl.program_id(0) // (NUM_KV_HEADS * GROUP)
@@ -605,11 +600,6 @@ def _merge_kernel(
     i = tl.arange(0, BLOCK_B)
     is_request = i < num_requests
     lens = tl.load(seq_lens + i, mask=is_request, other=0)
-    prefix_len = tl.sum(lens, axis=0) * 0
-    if own_starts is not None:
-        firsts = tl.load(own_starts + i, mask=is_request, other=0)
-        prefix_len = tl.sum(tl.where(i == request, firsts, 0), axis=0)
-        lens -= firsts
     all_tiles = (lens + BLOCK_N - 1) // BLOCK_N * NUM_KV_HEADS
     num_tiles = tl.sum(tl.where(i == request, all_tiles, 0), axis=0) // NUM_KV_HEADS
     total = tl.sum(all_tiles, axis=0)
@@ -620,24 +610,19 @@ def _merge_kernel(
     num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if (num_tiles > 0) & ((num_own > 1) | (prefix_len > 0)):  # else its program wrote the result
+    if (num_tiles > 0) & (num_own > 1):  # else its program wrote the result
         first_begin = first_program * share + tl.minimum(first_program, rest)
         first_own = 2 * first_program + (row_begin != first_begin).to(tl.int32)
-        base_prefix = 2 * num_programs + request * NUM_KV_HEADS + kv_head
-        num_prefix = prefix_len * 0
-        if own_starts is not None:
-            num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
         p = tl.arange(0, BLOCK_P)
         v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         m = float("-inf")
         l = 0.0
         acc = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, num_own + num_prefix, BLOCK_P):
+        for start in range(0, num_own, BLOCK_P):
             piece = start + p
             own = tl.where(piece == 0, first_own, 2 * (first_program + piece))
-            of_prefix = base_prefix + (piece - num_own) * num_requests * NUM_KV_HEADS
-            row = tl.where(piece < num_own, own, of_prefix).to(tl.int64) * BLOCK_GROUP + head % GROUP
-            is_piece = piece < num_own + num_prefix
+            row = own.to(tl.int64) * BLOCK_GROUP + head % GROUP
+            is_piece = piece < num_own
             lse = tl.load(partial_lse + row, mask=is_piece, other=float("-inf"))
             mask = is_piece[:, None] & (v < V_DIM)[None, :]
             values = tl.load(partial + row[:, None] * V_DIM + v[None, :], mask=mask, other=0.0)

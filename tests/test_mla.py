@@ -295,8 +295,19 @@ def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: 
 
 
 @pytest.mark.parametrize("most_merged_later", [0, 4])
-def test_latents_that_requests_share_are_read_once(most_merged_later: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_programs", [1, 2, 7])
+def test_results_of_few_requests_are_merged_by_whoever_is_last_or_by_a_kernel(
+    most_merged_later: int, num_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kernels.triton_decode.MOST_MERGED_LATER", most_merged_later)
+    monkeypatch.setattr("kernels.triton_decode.num_sms", lambda device: num_programs)
+    lens, groups = [(1, 5), (1, 49), (1, 61), (1, 35)], [(24, [1, 2, 3])]
+    for batch in (make_batch(lens, seed=0, device=DEVICE), make_batch(lens, groups=groups, seed=0, device=DEVICE)):
+        q, cache, expansion = make_inputs(batch, torch.float32)
+        check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def test_latents_that_requests_share_are_read_once() -> None:
     batch = make_batch([(1, 50), (1, 3), (1, 45), (1, 41)], groups=[(40, [0, 2, 3])], seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, torch.float32)
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
