@@ -234,7 +234,7 @@ async def test_two_frames_alike_are_what_the_image_processor_makes_of_one_pictur
 
 
 @pytest.mark.parametrize(
-    "reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl", "glm 4.1v", "exaone 4.5"], indirect=True
+    "reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl", "glm 4.1v", "glm ocr", "exaone 4.5"], indirect=True
 )
 async def test_attention_over_all_pictures_at_once_makes_the_same_features(
     reference: Reference, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ class PackedAttention(nn.Module):
         """its: transformers' module."""
         super().__init__()
         self.qkv, self.proj = its.qkv, its.proj
+        self.q_norm, self.k_norm = (getattr(its, name, None) for name in ("q_norm", "k_norm"))  # GLM-OCR's
         self.num_heads, self.scale = its.num_heads, its.scaling
         self.num_kv_heads = getattr(its, "num_key_value_heads", its.num_heads)
 
@@ -39,6 +40,9 @@ class PackedAttention(nn.Module):
     ) -> torch.Tensor:
         num_heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         qkv = self.qkv(hidden_states).view(len(hidden_states), sum(num_heads), -1)
+        for heads, norm in zip(qkv.split(num_heads, dim=1), (self.q_norm, self.k_norm), strict=False):
+            if norm is not None:
+                heads.copy_(norm(heads))
         rotate(qkv[:, : -self.num_kv_heads], *position_embeddings)
         q, k, v = qkv.split(num_heads, dim=1)
         longest = _longest(cu_seqlens) if max_seqlen is None else max_seqlen
@@ -63,7 +67,7 @@ def pack_layers(vision: Any, device: torch.device, dtype: torch.dtype) -> None:
     num_heads = getattr(config, "num_heads", None) or config.num_attention_heads
     if not is_fast(device, dtype, config.hidden_size // num_heads):
         return
-    for part in list(vision.modules()):
+    for part in reversed(list(vision.modules())):  # the inner ones first: attention has norms
         if hasattr(part, "config"):
             part.config._attn_implementation = NAME
         for name, child in part.named_children():
