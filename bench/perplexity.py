@@ -71,7 +71,7 @@ def perplexity(logprobs: list[float]) -> float:
 
 @dataclass
 class Likelihoods:
-    """What a model makes of each token of a text but the first."""
+    """Hold what a model makes of each token of a text but the first."""
 
     logprobs: list[float]
     likeliest: list[int]  # ids

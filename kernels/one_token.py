@@ -39,7 +39,7 @@ class Args(ctypes.Structure):
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for."""
+    """Say what a kernel is compiled for."""
 
     head_dim: int
     group: int

@@ -53,7 +53,7 @@ def looked_up(pixels: torch.Tensor, values: torch.Tensor, dim: int) -> torch.Ten
 
 
 class Square:
-    """What a plain image processor of transformers does: all pictures become alike, and may lose their edges."""
+    """Do what a plain image processor of transformers does: all pictures become alike, and may lose their edges."""
 
     def __init__(self, processor: Any, edges: tuple[int, int], *, is_whole: bool) -> None:
         """edges: height and width. is_whole: a picture is stretched to them; else they are cut out of its middle."""
