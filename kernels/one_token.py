@@ -16,7 +16,7 @@ from kernels.quantized_kernel import Kernel
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 8  # query heads of a KV head
 # Multiprocessors do not share out a context further: with fewer heads, or behind a longer one, Triton's is faster.
-MIN_KV_HEADS, LONG_CONTEXT = 8, 4096
+MIN_KV_HEADS, LONG_CONTEXT = 4, 4096
 SPLIT = 8  # blocks of a cluster, which share out a request's tokens
 WARPS = 8
 LOG2_E = 1.4426950408889634

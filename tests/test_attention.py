@@ -440,7 +440,8 @@ def test_one_token_behind_a_long_context_or_of_few_heads_is_tritons(monkeypatch:
 
     assert can(one_token.LONG_CONTEXT)
     assert not can(one_token.LONG_CONTEXT + 1)
-    assert not can(9, num_kv_heads=4)
+    assert can(9, num_kv_heads=one_token.MIN_KV_HEADS)
+    assert not can(9, num_kv_heads=one_token.MIN_KV_HEADS - 1)
 
 
 def test_the_arrival_counters_are_zero_again() -> None:
