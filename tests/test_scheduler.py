@@ -582,6 +582,13 @@ def test_a_chunk_keeps_to_the_largest_graph_unless_much_more_could_be_computed(w
     assert budget.num_tokens_behind(0) == expected
 
 
+def test_a_prompt_does_not_starve_where_slow_streams_are_too_many_for_any_graph() -> None:
+    budget = PrefillBudget(8192, work=-100.0, min_tokens=128)
+    budget.keep_to_graph(0)
+    assert not budget.is_spent
+    assert budget.num_tokens_behind(0) == 128
+
+
 @pytest.mark.parametrize(("max_tokens", "cut"), [(880, 820), (860, 388), (1000, 836)])
 def test_a_step_without_room_for_a_size_is_padded_by_little_or_not_at_all(max_tokens: int, cut: int) -> None:
     traffic = Traffic(16384, chunk=8192)

@@ -115,11 +115,11 @@ class PrefillBudget:
         return self.work <= 0 and self.min_tokens <= 0
 
     def keep_to_graph(self, num_tokens: int) -> None:
-        """Take no more than the `num_tokens` of the largest graph, where only a little more could be computed.
+        """Take no more than the `num_tokens` of the largest graph, if any, where only a little more could be computed.
 
         Without a graph the host launches kernels one by one, and meanwhile nobody gets the tokens of the step before.
         """
-        if self.work < GRAPH_SLACK * num_tokens:
+        if num_tokens and self.work < GRAPH_SLACK * num_tokens:
             self.max_tokens = min(self.max_tokens, num_tokens)
 
     def num_tokens_behind(self, context: int, num_left: int = sys.maxsize) -> int:
