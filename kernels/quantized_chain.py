@@ -53,6 +53,8 @@ def can_chain(weights: Sequence[CudaQuantizedWeight], device: torch.device) -> b
     kind, most_k = weights[0].kind, max(weight.k for weight in weights)
     if not has_digits(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):
         return False
+    if kind.dtype.itemsize != 2:  # of x and the results
+        return False
     fits = all(weight.kind == kind and weight.order is None and weight.n % (2 * TILE) == 0 for weight in weights)
     return fits and chain_config(kind, most_k, device) is not None
 

@@ -118,6 +118,7 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(monkeypatch: pyt
     assert not can_chain([*pair, packed(make_weight(FORMS["int4 order"], 64, 256, BF16))], device)
     assert not can_chain([pair[0], packed(make_weight(FORMS["int4 zero"], 64, 128, BF16))], device), "they are small"
     assert not can_chain([packed(make_weight(FORMS["fp8 x fp8"], 64, 256, BF16))], device)
+    assert not can_chain([packed(make_weight(FORMS["int4 zero"], 64, k, torch.float32)) for k in (256, 512)], device)
     for k in (4096, 14336, 28672):
         config = chain_config(pair[0].kind, k, device)
         assert config is not None
