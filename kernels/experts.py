@@ -99,7 +99,7 @@ class ExpertStack:
             assert self.codes is not None
             if isinstance(self.stack, QuantizedWeight):
                 x = self.stack.changed_inputs(x).to(x.dtype)
-            if by_expert is not None and self.is_fp4:
+            if by_expert is not None and self.is_fp4 and act in fp4_experts.ACTS:
                 return fp4_experts.multiply(x, ids, self.codes, self.num_experts, act, by_expert, bias)
             is_shared_out = self.num_experts < self.num_on_all_ranks
             return expert_products_triton(

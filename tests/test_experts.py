@@ -432,6 +432,27 @@ def test_triton_multiplies_in_the_tiles_that_another_kernel_has_asked_for(height
     torch.testing.assert_close(got, expert_products_torch(x, ids, split_experts(stack, 3)), rtol=1e-4, atol=1e-4)
 
 
+class OnGPU(torch.Tensor):
+    """Stand for inputs on a GPU."""
+
+    is_cuda = True
+
+
+@interpreted
+@pytest.mark.parametrize(("act", "expected"), [(None, "cuda"), ("silu", "cuda"), ("gelu_tanh", "triton")])
+def test_activations_that_the_kernels_of_mxfp4_lack_are_tritons(
+    act: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    from kernels import triton_experts
+
+    monkeypatch.setattr(fp4_experts, "multiply", lambda *_: "cuda")
+    monkeypatch.setattr(triton_experts, "expert_products_triton", lambda *_, **__: "triton")
+    stack = ExpertStack(DenseWeight([Part(16)] * 3, 32, torch.float32, data=torch.zeros(48, 32)), 3)
+    stack.codes, stack.is_fp4 = codes_of(stack.stack), True
+    x, ids = torch.zeros(20, 32).as_subclass(OnGPU), torch.zeros(20, 1, dtype=torch.int64)
+    assert stack.products(x, ids, triton_experts.sort_pairs(ids, 3, 8), act) == expected
+
+
 @interpreted
 def test_inputs_are_put_in_the_order_in_which_threads_decode_words_of_their_weights():
     from kernels.triton_experts import permuted_triton
