@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch, HeadRotation, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
-from kernels.tile_sizes import fitting
+from kernels.tile_sizes import MIN_BLOCK, fitting
 from kernels.triton_elementwise import launch_options, prefetch_to_l2, store_in_cache
 from kernels.triton_softmax import (
     LOG2_E,
@@ -34,7 +34,6 @@ from kernels.triton_softmax import (
 )
 from kernels.tuning import Configs
 
-MIN_DOT_ROWS = 16
 MOST_MERGED_LATER = 4  # requests
 MERGED_PARTS, MERGED_COLUMNS = 128, 64  # that a program of `_merge_kernel` holds
 
@@ -52,7 +51,7 @@ def _decode_configs(kind: str) -> Configs[DecodeConfig]:
         kind,
         DecodeConfig,
         lambda block_d, _max_requests: default_decode_config(block_d),
-        lambda config, card, block_d, _max_requests: fitting(config, card, block_d, block_d, rows=MIN_DOT_ROWS),
+        lambda config, card, block_d, _max_requests: fitting(config, card, block_d, block_d, rows=MIN_BLOCK),
     )
 
 
@@ -167,7 +166,7 @@ def decode(
         HALF=0 if rotation is None else rotation.cos_sin.shape[1] // 2,
         CACHE_MAX=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else None,
         BLOCK_B=block_requests(num_requests),
-        BLOCK_M=max(MIN_DOT_ROWS, block_group),
+        BLOCK_M=max(config.block_m, block_group),
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * next_power_of_2(v_dim))),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
         HAS_PREFETCH=settings["PDL"] and config.has_prefetch,

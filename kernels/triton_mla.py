@@ -19,16 +19,14 @@ from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.card import card_of
 from kernels.latents import Expansion, LatentSizes, absorb, values_of
 from kernels.launch import cdiv, next_power_of_2
-from kernels.tile_sizes import MIN_BLOCK, fitting
+from kernels.tile_sizes import MIN_BLOCK, fitting, least_rows, tile_bytes
 from kernels.triton_decode import DECODE_LIMITS, decode
 from kernels.triton_prefill import prefill
 from kernels.triton_softmax import DecodeConfig, PrefillConfig, Rotated, float32_prefill_config
 from kernels.tuning import Configs
 
-MAX_ROPE = 64  # rotated elements of a key, as far as shared memory is counted
+MAX_RANK, MAX_ROPE = 512, 64  # elements of a latent and of a rotated key, as far as shared memory is counted
 MAX_GROUP = 64  # heads that read a latent together: their results must fit into a program's registers
-GROUP_SHARED_BYTES = 99 << 10  # which hold their queries too; with less it is `SMALL_GROUP`
-SMALL_GROUP = 16
 EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
 
 
@@ -57,7 +55,9 @@ DECODE_CONFIGS = Configs(
     "latent_decode",
     DecodeConfig,
     default_decode_config,
-    lambda config, card, rank, group, _limit: fitting(config, card, rank + MAX_ROPE, 0, rows=max(group, MIN_BLOCK)),
+    lambda config, card, rank, group, _limit: fitting(
+        config._replace(block_m=least_rows(card)), card, rank + MAX_ROPE, 0, rows=max(group, least_rows(card))
+    ),
 )
 ABSORBED_CONFIGS = Configs(
     "latent_absorbed",
@@ -98,14 +98,23 @@ def latent_configs(q: torch.Tensor, sizes: LatentSizes, num_decodes: int) -> Lat
         rank, width = (next_power_of_2(size) + MAX_ROPE for size in (sizes.rank, sizes.key_dim))
         absorbed = float32_prefill_config(q.device, rank, 0)
         expanded = float32_prefill_config(q.device, width, next_power_of_2(sizes.value_dim))
-        return LatentConfigs(DecodeConfig(16, 4, 1, 1), absorbed, expanded)
+        decode_config = DecodeConfig(16, 4, 1, 1, block_m=least_rows(card_of(q.device)))
+        return LatentConfigs(decode_config, absorbed, expanded)
     keys = config_keys(q.shape[1], sizes, num_decodes, q.device)
     return LatentConfigs(*(configs.get(q.device, *key) for configs, key in keys))
 
 
-def num_groups(num_heads: int, device: torch.device) -> int:
-    """Return into how many groups heads are cut, all of one size; each reads all latents."""
-    most = MAX_GROUP if card_of(device).shared_bytes >= GROUP_SHARED_BYTES else SMALL_GROUP
+@functools.cache
+def num_groups(num_heads: int, device: torch.device, itemsize: int = 2) -> int:
+    """Return into how many groups heads are cut, all of one size; each reads all latents.
+
+    itemsize: of queries, which a group's program has in shared memory beside a tile of latents.
+    """
+    card, most = card_of(device), MAX_GROUP
+    while most > least_rows(card):
+        if tile_bytes(card, most, MIN_BLOCK, 1, MAX_RANK + MAX_ROPE, 0, itemsize) <= card.shared_bytes:
+            break
+        most //= 2
     return next(count for count in range(1, num_heads + 1) if num_heads % count == 0 and num_heads // count <= most)
 
 
@@ -153,7 +162,7 @@ def _absorbed(
     """Return the latents that single tokens, and prompts if they are in q too, find: [T, H, R]."""
     n, rank = expansion.sizes.key_dim, expansion.sizes.rank
     queries = absorb(q[..., :n], expansion)
-    latents = cache[..., :rank].expand(-1, num_groups(q.shape[1], q.device), -1)
+    latents = cache[..., :rank].expand(-1, num_groups(q.shape[1], q.device, q.dtype.itemsize), -1)
     rotated = Rotated(q[..., n:], cache[:, 0, rank:])
     found = torch.empty_like(queries)
     if batch.num_decodes:

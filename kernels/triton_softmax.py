@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.card import Card, card_of
 from kernels.launch import next_power_of_2
-from kernels.tile_sizes import fitting
+from kernels.tile_sizes import MIN_BLOCK, fitting
 from kernels.triton_elementwise import launch_options
 from kernels.tuning import Configs
 
@@ -28,6 +28,7 @@ class DecodeConfig(NamedTuple):
     num_stages: int
     programs_per_sm: int
     has_prefetch: bool = False  # bring a program's first tile to the L2 cache before the kernel ahead has ended
+    block_m: int = MIN_BLOCK  # heads of a tile at least
 
 
 class PrefillConfig(NamedTuple):

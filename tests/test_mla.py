@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,28 @@ from engine.layers.moe import StackedLinear
 from engine.model_config import LatentConfig
 from engine.models.names import pieces_of
 from engine.models.registry import build_model, load_config
-from kernels import hopper_prefill, triton_mla
+from kernels import hopper_prefill, triton_mla, triton_softmax, tuning
 from kernels.attention import SameBatch, prompt_torch
+from kernels.card import card_of
 from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent_torch
 from kernels.latents import Expansion, LatentSizes
+from kernels.launch import next_power_of_2
 from kernels.mla import latent_attention_torch
 from kernels.quantize import OnlineWeight
 from kernels.quantized_cpu import CpuQuantizedWeight
+from kernels.tile_sizes import MIN_BLOCK, MIN_ROWS, tile_bytes
 from kernels.triton_elementwise import rope_and_store_latent_triton
-from kernels.triton_mla import _prefer_absorbed, latent_attention_triton, num_groups
+from kernels.triton_mla import (
+    ABSORBED_CONFIGS,
+    DECODE_CONFIGS,
+    MAX_ROPE,
+    _prefer_absorbed,
+    latent_attention_triton,
+    latent_configs,
+    num_groups,
+)
+from kernels.triton_softmax import float32_prefill_config
 from kernels.tuning import LatentShape
 from tests.cards import CARDS
 from tests.quantized_files import CASES, write_quantized
@@ -284,14 +296,56 @@ def test_expanded_prompts_go_to_the_hopper_kernel_some_heads_at_a_time(monkeypat
 
 def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = 1, 16, 20, 64, 96, 128
-    for number, expected in ((90, [1, 1, 1, 1, 2, 2]), (86, [1, 1, 1, 1, 2, 2]), (75, [1, 1, 2, 4, 6, 8])):
-        with monkeypatch.context() as patch:
-            patch.setattr(triton_mla, "card_of", lambda device, number=number: CARDS[number])
-            assert [num_groups(count, torch.device(DEVICE)) for count in counts] == expected
-    monkeypatch.setattr("kernels.triton_mla.MAX_GROUP", 2)
+    halves = {90: [1, 1, 1, 1, 2, 2], 80: [1, 1, 1, 1, 2, 2], 86: [1, 1, 1, 1, 2, 2], 75: [1, 2, 4, 8, 12, 16]}
+    floats = {90: [1, 1, 1, 1, 2, 2], 80: [1, 1, 1, 2, 3, 4], 86: [1, 1, 2, 4, 6, 8], 75: [1, 2, 4, 8, 12, 16]}
+    for itemsize, expected in ((2, halves), (4, floats)):
+        for number, numbers in expected.items():
+            monkeypatch.setattr(triton_mla, "card_of", lambda device, number=number: CARDS[number])
+            num_groups.cache_clear()
+            assert [num_groups(count, torch.device(DEVICE), itemsize) for count in counts] == numbers
+    monkeypatch.setattr(triton_mla, "card_of", card_of)
+    monkeypatch.setattr(triton_mla, "MAX_GROUP", 2)
+    num_groups.cache_clear()
     batch = make_batch([(1, 9), (1, 50), (2, 90)], seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, torch.float32)
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+    num_groups.cache_clear()
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choose sizes for a card without bfloat16, of 64 KiB of shared memory."""
+    caches = num_groups, float32_prefill_config, DECODE_CONFIGS.get, ABSORBED_CONFIGS.get
+    for module in (triton_mla, triton_softmax, tuning):
+        monkeypatch.setattr(module, "card_of", lambda device: CARDS[75])
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("num_heads", "rank"), [(16, 512), (128, 512), (40, 256)])
+def test_latents_have_room_in_the_smallest_shared_memory(
+    dtype: torch.dtype, num_heads: int, rank: int, turing: None
+) -> None:
+    configs = latent_configs(torch.empty(1, num_heads, 192, dtype=dtype, device=DEVICE), LatentSizes(128, 128, rank), 1)
+    group = next_power_of_2(num_heads // num_groups(num_heads, torch.device(DEVICE), dtype.itemsize))
+    for config in (configs.decode, configs.absorbed):
+        assert config.block_n >= MIN_BLOCK and config.block_m >= MIN_ROWS
+        sizes = max(config.block_m, group), config.block_n, config.num_stages, rank + MAX_ROPE, 0
+        assert tile_bytes(CARDS[75], *sizes, dtype.itemsize) <= CARDS[75].shared_bytes
+
+
+def test_tiles_of_eight_rows_equal_the_definition(turing: None) -> None:
+    batch = make_batch([(1, 50), (1, 3), (1, 45), (7, 41)], groups=[(40, [0, 2])], seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    configs = latent_configs(q, SIZES, 3)
+    configs = configs._replace(absorbed=configs.absorbed._replace(block_m=MIN_ROWS))
+    assert configs.decode.block_m == MIN_ROWS
+    out = latent_attention_triton(q, cache, expansion, replace(batch, is_for_graph=True), scale=0.3, configs=configs)
+    check(out, q, cache, expansion, batch)
 
 
 @pytest.mark.parametrize("most_merged_later", [0, 4])

@@ -20,7 +20,7 @@ from kernels.quantized_few import FEW_CONFIGS
 from kernels.quantized_format import Format
 from kernels.quantized_kernel import Kind
 from kernels.quantized_many import MANY_CONFIGS
-from kernels.tile_sizes import tile_bytes
+from kernels.tile_sizes import least_rows, tile_bytes
 from kernels.triton_decode import (
     DECODE_BYTES_CONFIGS,
     DECODE_CONFIGS,
@@ -143,9 +143,8 @@ def test_shapes_that_no_table_has_get_the_kernels_default(card: Callable[[str], 
 @pytest.mark.parametrize("limits", [CARDS[number] for number in (75, 80, 86, 89, 120)], ids=lambda card: card.name)
 def test_attention_is_cut_so_that_a_cards_shared_memory_holds_it(limits: Card, card: Callable[..., None]) -> None:
     def needed(config: DecodeConfig | PrefillConfig, key_width: int, value_width: int) -> int:
-        rows = config.block_m if isinstance(config, PrefillConfig) else 16
-        assert rows >= 16 and config.block_n >= 16 and config.num_stages >= 1
-        return tile_bytes(limits, rows, config.block_n, config.num_stages, key_width, value_width)
+        assert config.block_m >= least_rows(limits) and config.block_n >= 16 and config.num_stages >= 1
+        return tile_bytes(limits, config.block_m, config.block_n, config.num_stages, key_width, value_width)
 
     card(limits.name, limits)
     for head_dim in (16, 64, 128, 256):
@@ -156,7 +155,7 @@ def test_attention_is_cut_so_that_a_cards_shared_memory_holds_it(limits: Card, c
         ]
         for config in configs:
             assert needed(config, head_dim, head_dim) <= limits.shared_bytes
-    for config in (LATENT_DECODE_CONFIGS.get(CARD, 512, 16, 4), ABSORBED_CONFIGS.get(CARD, 512)):
+    for config in (LATENT_DECODE_CONFIGS.get(CARD, 512, 8, 4), ABSORBED_CONFIGS.get(CARD, 512)):
         assert needed(config, 512 + 64, 0) <= limits.shared_bytes
     assert needed(EXPANDED_CONFIGS.get(CARD, 128, 128), 128 + 64, 128) <= limits.shared_bytes
 
