@@ -11,7 +11,7 @@ from engine.errors import InvalidRequest
 from engine.media import Image, MediaSize
 from engine.vision import pixels
 from engine.vision.families import Llava, Pixtral
-from engine.vision.pixels import bytes_of, square_of
+from engine.vision.pixels import ALWAYS, bytes_of, is_plain, square_of
 from kernels import resize as module
 from kernels.resize import Pass, Window, pass_torch, resize, resize_by, resize_pillow
 from kernels.resize_plan import REACH, Resampling
@@ -117,6 +117,10 @@ def test_an_image_processor_that_does_more_is_asked(name: str, entries: dict[str
     import transformers
 
     assert square_of(getattr(transformers, name)(**entries)) is None
+
+
+def test_an_image_processor_of_a_version_that_lacks_the_classes_is_asked() -> None:
+    assert not is_plain(SimpleNamespace(**dict.fromkeys(ALWAYS, True)), ["NoImageProcessorPil"])
 
 
 def test_a_picture_that_bars_would_make_a_huge_square_is_refused() -> None:

@@ -76,13 +76,14 @@ class Square:
 def is_plain(processor: Any, names: Sequence[str], may: Sequence[str] = ()) -> bool:
     """Return whether an image processor of transformers resizes, rescales and normalizes, and does no more.
 
-    names: of classes that do no more unless they are asked to. may: further steps that it may be asked for.
+    names: of classes that do no more unless they are asked to, which early versions 5 do not have. may: further steps
+    that it may be asked for.
     """
     import transformers
 
-    plain = [getattr(transformers, name)._preprocess for name in names]
+    plain = [getattr(transformers, name)._preprocess for name in names if hasattr(transformers, name)]
     does = {step for step in STEPS if getattr(processor, step, None)}
-    return type(processor)._preprocess in plain and does.difference(may) == ALWAYS
+    return getattr(type(processor), "_preprocess", None) in plain and does.difference(may) == ALWAYS
 
 
 def square_of(processor: Any) -> Square | None:

@@ -173,7 +173,7 @@ class OpenAIAnswer(Answer):
 
     @property
     def token_name(self) -> Callable[[int], str]:
-        """The function that names a token in log-probabilities."""
+        """Return the function that names a token in log-probabilities."""
         return "token_id:{}".format if self.envelope.names_tokens_by_id else self.tokenizer.token_text
 
     def _event(self, **fields: Any) -> bytes:
