@@ -6,7 +6,9 @@ block on each multiprocessor has a part of every product, and codes are copied a
 """
 
 import functools
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,10 +55,18 @@ def can_chain(weights: Sequence[CudaQuantizedWeight], device: torch.device) -> b
     kind, most_k = weights[0].kind, max(weight.k for weight in weights)
     if not has_digits(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):
         return False
-    if kind.dtype.itemsize != 2:  # of x and the results
+    if kind.dtype.itemsize != 2 or has_neighbours():
         return False
     fits = all(weight.kind == kind and weight.order is None and weight.n % (2 * TILE) == 0 for weight in weights)
     return fits and chain_config(kind, most_k, device) is not None
+
+
+def has_neighbours() -> bool:
+    """Return whether kernels of other processes run beside ours: NVIDIA's MPS has been started.
+
+    A chain of each would keep multiprocessors that the other one waits for, for ever.
+    """
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps", "control").exists()
 
 
 def multiply_chain(

@@ -105,8 +105,11 @@ def test_other_blocks_and_weights_are_not_chained(folders: dict[str, Path], monk
     assert ChainedSteps.of(engine_of(folders["Llama"]).model, device) is None
 
 
-def test_weights_of_one_kind_are_chained_where_a_block_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_one_kind_are_chained_where_a_block_has_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     device = torch.device(DEVICE)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(quantized_chain, "can_multiply_few", lambda _: True)
     monkeypatch.setattr(quantized_chain, "card_of", lambda _: CARDS[90])
     monkeypatch.setattr(quantized_chain, "LEAST_BYTES", 64 * 256 // 2)
@@ -119,6 +122,9 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(monkeypatch: pyt
     assert not can_chain([pair[0], packed(make_weight(FORMS["int4 zero"], 64, 128, BF16))], device), "they are small"
     assert not can_chain([packed(make_weight(FORMS["fp8 x fp8"], 64, 256, BF16))], device)
     assert not can_chain([packed(make_weight(FORMS["int4 zero"], 64, k, torch.float32)) for k in (256, 512)], device)
+    (tmp_path / "control").touch()
+    assert not can_chain(pair, device), "another process may have a chain, too"
+    (tmp_path / "control").unlink()
     for k in (4096, 14336, 28672):
         config = chain_config(pair[0].kind, k, device)
         assert config is not None
