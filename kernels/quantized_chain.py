@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.card import HOPPER, card_of
+from kernels.card import card_of
 from kernels.launch import address, cdiv, compile_ahead, num_sms, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_cuda import CudaQuantizedWeight
@@ -50,7 +50,7 @@ class ChainedProduct(NamedTuple):
 
 def can_chain(weights: Sequence[CudaQuantizedWeight], device: torch.device) -> bool:
     """Return whether `multiply_chain` takes products with these weights, in the order they have them."""
-    if not can_multiply_few(device) or card_of(device).capability < HOPPER:
+    if not can_multiply_few(device) or not card_of(device).is_hopper:  # blocks that wait have run on no other card
         return False
     kind, most_k = weights[0].kind, max(weight.k for weight in weights)
     if not has_digits(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):

@@ -83,12 +83,12 @@ def test_no_other_card_is_given_hoppers_instructions(number: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("number", CARDS)
-def test_weights_of_few_bits_have_kernels_from_ampere_on_and_chains_from_hopper_on(
+def test_weights_of_few_bits_have_kernels_from_ampere_on_and_chains_on_hopper_alone(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (quantized_few, quantized_chain):
         monkeypatch.setattr(module, "card_of", lambda device: CARDS[number])
     monkeypatch.setattr(quantized_few, "has_nvrtc", lambda: True)
     assert quantized_few.can_multiply_few(CUDA) == (number >= 80)
-    if number < 90:
+    if number != 90:
         assert not quantized_chain.can_chain([], CUDA)

@@ -130,8 +130,9 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(
         assert config is not None
         assert shared_bytes(pair[0].kind, config, k) <= HOPPER_SHARED_BYTES
     assert chain_config(pair[0].kind, 1 << 17, device) is None
-    monkeypatch.setattr(quantized_chain, "card_of", lambda _: CARDS[80])
-    assert not can_chain(pair, device)
+    for capability in (80, 100):
+        monkeypatch.setattr(quantized_chain, "card_of", lambda _, card=CARDS[capability]: card)
+        assert not can_chain(pair, device)
     chain_config.cache_clear()
 
 
