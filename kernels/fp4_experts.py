@@ -6,15 +6,13 @@ what its part of the operand consists of: `fp4_experts.cu` and, for the tiles of
 
 import ctypes
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kernels.hopper import ARCHITECTURE, is_available
 from kernels.launch import address, cdiv, only_compiles
-from kernels.nvrtc import compile_source, compile_sources
+from kernels.nvrtc import compile_source, compile_sources, joined
 from kernels.quantized_kernel import Kernel
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ class Tiling(NamedTuple):
     def source(self, act: str | None) -> str:
         """Return the source of a kernel, for NVRTC."""
         fields = {name.upper(): value for name, value in self._asdict().items()}
-        return _source({**fields, "ACT": ACTS[act]}, "fp4_parts.cu", "fp4_experts.cu")
+        return joined({**fields, "ACT": ACTS[act]}, "fp4_parts.cu", "fp4_experts.cu")
 
 
 class PromptTiling(NamedTuple):
@@ -89,7 +87,7 @@ class PromptTiling(NamedTuple):
         defines: dict[str, object] = {name: f'"{text}"' for name, text in operands.items()}
         defines["WGMMA_SUMS"] = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
         fields = {name.upper(): value for name, value in self._asdict().items()}
-        return _source({**fields, "ACT": ACTS[act], **defines}, "hopper.cu", "fp4_parts.cu", "fp4_prompts.cu")
+        return joined({**fields, "ACT": ACTS[act], **defines}, "hopper.cu", "fp4_parts.cu", "fp4_prompts.cu")
 
 
 # By pairs of a tile, measured on an H200 with 32 experts of 2,880 inputs and as many rows.
@@ -168,11 +166,6 @@ def multiply(
     kernel = _kernel(tiling, act, x.device)
     kernel.launch(num_blocks * num_tiles, 1, tiling.shared_bytes, (args,), x.device)
     return out
-
-
-def _source(defines: Mapping[str, object], *files: str) -> str:
-    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
 @functools.cache

@@ -5,16 +5,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.card import card_of
-from kernels.nvrtc import check, has_nvrtc
+from kernels.nvrtc import check, has_nvrtc, joined
 
 ARCHITECTURE = "sm_90a"  # with the instructions that Hopper alone has
-FOLDER = Path(__file__).parent
 
 
 @functools.cache
@@ -25,8 +23,7 @@ def is_available(device: torch.device) -> bool:
 
 def source(file: str, defines: Mapping[str, object]) -> str:
     """Return a kernel's source for NVRTC, with `defines` and the instructions in front."""
-    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join([*lines, (FOLDER / "hopper.cu").read_text(), (FOLDER / file).read_text()])
+    return joined(defines, "hopper.cu", file)
 
 
 def tensor_map(

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from kernels.folders import cache_folder
@@ -24,6 +25,12 @@ def check(answer: tuple[Any, ...]) -> Any:
     if error:
         raise RuntimeError(f"{type(error).__name__}: {error.name}")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def joined(defines: Mapping[str, object], *files: str) -> str:
+    """Return a kernel's source: files of this folder, one behind the other, with `defines` in front."""
+    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
+    return "".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
 @functools.cache

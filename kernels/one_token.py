@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.hopper import ARCHITECTURE, is_available
 from kernels.launch import address, compile_ahead, only_compiles
-from kernels.nvrtc import compile_source
+from kernels.nvrtc import compile_source, joined
 from kernels.quantized_kernel import Kernel
 
 HEAD_DIMS = (64, 128, 256)
@@ -71,8 +70,7 @@ def source(variant: Variant) -> str:
         "SPLIT": SPLIT,
         "WARPS": variant.num_warps,
     }
-    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
+    return joined(defines, "one_token.cu")
 
 
 @functools.cache

@@ -3,14 +3,13 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.card import card_of
 from kernels.launch import has_dependent_launch
-from kernels.nvrtc import check
+from kernels.nvrtc import check, joined
 from kernels.quantized_format import TABLES, Format
 from kernels.quantized_layout import CHUNK
 
@@ -89,9 +88,7 @@ def source_of(kind: Kind, defines: Mapping[str, object], *files: str) -> str:
         "ROUND": ROUNDS[form.inputs],
         "X_GROUP": form.input_group if form.inputs else 0,
     }
-    lines = [f"#define {name} {value}\n" for name, value in (every | dict(defines)).items()]
-    folder = Path(__file__).parent
-    return "".join([*lines, *((folder / file).read_text() for file in ("quantized_parts.cu", *files))])
+    return joined(every | dict(defines), "quantized_parts.cu", *files)
 
 
 def _words_of_bytes(numbers: list[int]) -> str:
