@@ -11,32 +11,16 @@ import torch
 
 from cache.pool import CachePool
 from engine.layers.attention import Attention
-from engine.layers.block import Block, PreNorm
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.linear import Linear
-from engine.layers.mlp import GatedMLP
-from engine.layers.norm import HiddenNorm
 from engine.models.base import CausalLM, Decoder
+from engine.step.plain_blocks import PlainBlock, plain_blocks
 from kernels.attention import DecodeSet, decode_gathered, only_set
 from kernels.cache_cpu import Kernels, kernels
 from kernels.chain_cpu import Operation
 from kernels.products_cpu import MAX_CHAINED, CpuWeight
 
 SMALL_ATTENTION = 1 << 18  # numbers of keys, to which one thread attends sooner than another one is there
-
-
-class _Parts(NamedTuple):
-    """Name the parts of a block that can be compiled."""
-
-    attn: Attention
-    mlp: GatedMLP
-    first_norm: HiddenNorm
-    second_norm: HiddenNorm
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        attn = self.attn
-        return attn.num_heads, attn.num_kv_heads, attn.head_dim, self.mlp.down_proj.weight.k
 
 
 class _Kind(NamedTuple):
@@ -62,7 +46,7 @@ class _Reads(NamedTuple):
 class CompiledSteps:
     """The blocks of a model as chains of operations, and room for what these pass on, of MAX_CHAINED tokens."""
 
-    def __init__(self, decoder: Decoder, blocks: list[_Parts], pool: CachePool, compiled: Kernels) -> None:
+    def __init__(self, decoder: Decoder, blocks: list[PlainBlock], pool: CachePool, compiled: Kernels) -> None:
         self._decoder, self._kernels, self._num_tokens = decoder, compiled, MAX_CHAINED
         attn, mlp = blocks[0].attn, blocks[0].mlp
         k_cache, v_cache = pool[attn.layer_id]
@@ -98,15 +82,13 @@ class CompiledSteps:
     @staticmethod
     def of(model: CausalLM, pool: CachePool) -> "CompiledSteps | None":
         """Return the steps of a model of plain blocks whose weights have compiled products; None for others."""
-        decoder, compiled = model.model, kernels()
-        found = [_parts(block) for block in decoder.layers]
-        blocks = [parts for parts in found if parts is not None]
-        if compiled is None or len(blocks) < len(found) or len({parts.shape for parts in blocks}) != 1:
+        blocks, compiled = plain_blocks(model), kernels()
+        if compiled is None or blocks is None or not all(map(_can_compile, blocks)):
             return None
-        if type(model).__call__ is not CausalLM.__call__ or type(decoder).__call__ is not Decoder.__call__:
+        if len({block.shape for block in blocks}) != 1:
             return None
-        steps, attn = CompiledSteps(decoder, blocks, pool, compiled), blocks[0].attn
-        caches = [pool[parts.attn.layer_id] for parts in blocks]
+        steps, attn = CompiledSteps(model.model, blocks, pool, compiled), blocks[0].attn
+        caches = [pool[block.attn.layer_id] for block in blocks]
         can_rotate = all(compiled.can_rotate(steps._qkv, *views) and compiled.can_gather(*views) for views in caches)
         return steps if can_rotate and attn.head_dim == caches[0].v.shape[2] else None
 
@@ -173,15 +155,9 @@ def _product(linear: Linear, x: torch.Tensor, out: torch.Tensor, **fused: Any) -
     return linear.weight.operation(x, out, bias=linear.bias, **fused)
 
 
-def _parts(block: Block) -> _Parts | None:
-    """Return the parts of a block that computes what `PreNorm` says and nothing else, by compiled products."""
-    attn, mlp = block.self_attn, block.mlp
-    if type(block).__call__ is not PreNorm.__call__ or type(attn) is not Attention or type(mlp) is not GatedMLP:
-        return None
-    assert isinstance(block, PreNorm)
-    parts = _Parts(attn, mlp, block.input_layernorm, block.post_attention_layernorm)
-    products = ((attn.qkv_proj, None), (attn.o_proj, None), (mlp.gate_up_proj, mlp.act), (mlp.down_proj, None))
-    for linear, act in products:
-        if not isinstance(linear.weight, CpuWeight) or not linear.weight.can_chain(act):
-            return None
-    return parts if attn.is_plain and block.fuses_norms and block.comm.size == 1 else None
+def _can_compile(block: PlainBlock) -> bool:
+    """Return whether a block's products are compiled ones, and nothing else is done to what they find."""
+    acts = (None, None, block.mlp.act, None)
+    weights = [linear.weight for linear in block.linears]
+    can_chain = all(isinstance(w, CpuWeight) and w.can_chain(act) for w, act in zip(weights, acts, strict=True))
+    return can_chain and block.attn.is_plain
