@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from engine.layers.forward_batch import ForwardBatch
 from engine.step import chained
 from engine.step.chained import ChainedSteps
 from kernels import quantized_chain
@@ -21,7 +20,7 @@ from kernels.quantized_chain import ChainConfig, ChainedProduct, can_chain, chai
 from tests.cards import CARDS
 from tests.test_dense import Norm
 from tests.test_kernels import DEVICE, randn
-from tests.test_models import MakeTinyModel, TinyEngine, random_ids
+from tests.test_models import MakeTinyModel, ShorterSteps, TinyEngine, random_ids
 from tests.test_quantized_cuda import BF16, F16, FORMS, assert_near, make_weight, packed
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -64,27 +63,12 @@ def engine_of(folder: Path, quantization: str | None = "int4") -> Any:
     return TinyEngine(folder, dtype=BF16, quantization=quantization)
 
 
-class Chained:
-    """Stand for a model, and compute the steps that can be by `ChainedSteps`."""
-
-    def __init__(self, engine: TinyEngine) -> None:
-        self.blocks, steps = engine.model, ChainedSteps.of(engine.model, torch.device("cpu"))
-        assert steps is not None
-        self.steps, self.compute_logits, self.sizes = steps, engine.model.compute_logits, list[int]()
-
-    def __call__(self, batch: ForwardBatch, *args: Any) -> torch.Tensor:
-        if not self.steps.take(batch):
-            return self.blocks(batch, *args)
-        self.sizes.append(len(batch.input_ids))
-        return self.steps(batch, args[0])
-
-
 @pytest.mark.usefixtures("on_any_device")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_single_tokens_are_what_the_blocks_make_of_them(name: str, folders: dict[str, Path]) -> None:
     prompts = {0: random_ids(12, 0), 1: random_ids(2, 1)}
     plain, fast = engine_of(folders[name]), engine_of(folders[name])
-    fast.model = Chained(fast)
+    fast.model = ShorterSteps(fast, ChainedSteps.of(fast.model, torch.device("cpu")))
     assert torch.equal(fast.forward(prompts), plain.forward(prompts))
     for token, rows in enumerate(([0], [0, 1], [1], [0])):
         step = {row: [token + row] for row in rows}

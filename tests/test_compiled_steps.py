@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from engine.checkpoint.weights import pack_weights
-from engine.layers.forward_batch import ForwardBatch
 from engine.step import compiled
 from engine.step.compiled import CompiledSteps
 from kernels import chain_cpu, dense
 from kernels.cache_cpu import kernels
 from kernels.products_cpu import kernels_ahead
 from tests.test_engine import collect, make_state, running_engine
-from tests.test_models import MakeTinyModel, TinyEngine, random_ids
+from tests.test_models import MakeTinyModel, ShorterSteps, TinyEngine, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,21 +43,6 @@ def folders(make_tiny_model: MakeTinyModel) -> dict[str, Path]:
     }
 
 
-class Compiled:
-    """Stand for a model, and compute the steps that can be by `CompiledSteps`."""
-
-    def __init__(self, engine: TinyEngine) -> None:
-        self.blocks, steps = engine.model, CompiledSteps.of(engine.model, engine.pool)
-        assert steps is not None
-        self.steps, self.compute_logits, self.sizes = steps, engine.model.compute_logits, list[int]()
-
-    def __call__(self, batch: ForwardBatch, *args: Any) -> torch.Tensor:
-        if not self.steps.take(batch):
-            return self.blocks(batch, *args)
-        self.sizes.append(len(batch.input_ids))
-        return self.steps(batch, args[0])
-
-
 def engine_of(folder: Path, dtype: torch.dtype, quantization: str | None = "int4") -> TinyEngine:
     engine = TinyEngine(folder, dtype=dtype, quantization=quantization)
     pack_weights(engine.model)
@@ -67,9 +51,9 @@ def engine_of(folder: Path, dtype: torch.dtype, quantization: str | None = "int4
 
 def compiled_engine_of(
     folder: Path, dtype: torch.dtype, quantization: str | None = "int4"
-) -> tuple[TinyEngine, Compiled]:
+) -> tuple[TinyEngine, ShorterSteps]:
     engine: Any = engine_of(folder, dtype, quantization)
-    engine.model = Compiled(engine)
+    engine.model = ShorterSteps(engine, CompiledSteps.of(engine.model, engine.pool))
     return engine, engine.model
 
 

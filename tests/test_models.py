@@ -25,6 +25,7 @@ from engine.layers.layer import LayerConfig, named_layers
 from engine.models.architectures import ALIASES, ARCHITECTURES, BY_TEXT, FLAT_LLAVA, LANGUAGE_MODELS, READ_VIDEOS
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
+from engine.step.model_runner import SingleTokens
 from engine.step.splitter import StepSplitter
 from engine.vision.families import FAMILIES
 from kernels.corun import Corun, CorunCosts
@@ -91,6 +92,21 @@ class TinyEngine:
                 return splitter.run_block(block, h, batch, corun)
 
         return self.model.compute_logits(self.model(batch, self.pool, run_block))
+
+
+class ShorterSteps:
+    """Stand for an engine's model, and have `steps` compute those that they take."""
+
+    def __init__(self, engine: TinyEngine, steps: SingleTokens | None) -> None:
+        assert steps is not None
+        self.blocks, self.steps, self.compute_logits = engine.model, steps, engine.model.compute_logits
+        self.sizes: list[int] = []  # of what they took
+
+    def __call__(self, batch: ForwardBatch, *args: Any) -> torch.Tensor:
+        if not self.steps.take(batch):
+            return self.blocks(batch, *args)
+        self.sizes.append(len(batch.input_ids))
+        return self.steps(batch, args[0])
 
 
 @torch.inference_mode()
