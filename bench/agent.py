@@ -33,7 +33,7 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one turn adds to the history: a call, and its result."""
+    """Add a call of a tool and its result to the history."""
 
     call_id: str
     tool: str
@@ -78,7 +78,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one request cost. Lengths in tokens."""
+    """Record what one request cost. Lengths in tokens."""
 
     prompt_len: int
     num_new: int  # beyond the prompt of the turn before

@@ -327,7 +327,7 @@ MAX_TIE = 1e-3  # between the log-probabilities of tokens that rounding may exch
 
 @dataclass
 class Crowd:
-    """What became of `NUM_CROWD` requests that came at once."""
+    """Record the answers to `NUM_CROWD` requests that came at once."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -364,7 +364,7 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
 
 
 async def gaps_between(folder: Path, device: str, ours: Crowd, theirs: Crowd, parted: Sequence[int]) -> list[float]:
-    """Of the log-probabilities of the tokens where the answers to prompts `parted` first differ."""
+    """Return how far apart the log-probabilities of two tokens are where answers to prompts `parted` first differ."""
     config = EngineConfig(
         model_path=str(folder), dtype="float32", device=device, max_total_tokens=4096, max_running_requests=1
     )
@@ -545,7 +545,7 @@ NUM_IDLE_S = 5.0
 
 @dataclass
 class ServerFigures:
-    """Of one model's server. GPU memory in MiB, less what was used before it started."""
+    """Record how one model's server did. GPU memory in MiB, less what was used before it started."""
 
     model: str
     server_args: str

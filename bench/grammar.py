@@ -142,7 +142,7 @@ class Server:
         return Run(num_tokens, num_tokens - num_sampled, num_steps, seconds)
 
     async def compile_ms(self, schema: dict[str, Any]) -> float:
-        """Of a schema that the server cannot remember."""
+        """Return how long the server compiles a schema that it cannot have seen."""
         before = (await self.info())["internal_states"][0]["grammars"]["compile_s"]
         fresh = {**schema, "title": str(self.rng.random())}
         await self.generate(json_schema=json.dumps(fresh), max_new_tokens=1)

@@ -240,7 +240,7 @@ def attack(port: int, seed: int, num_at_once: int, duration_s: float, pipe: Conn
 
 @dataclass
 class Streams:
-    """What honest streams have seen, in one phase."""
+    """Record what honest streams have seen, in one phase."""
 
     ttft_s: list[float] = field(default_factory=list)
     gap_s: list[float] = field(default_factory=list)

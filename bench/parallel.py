@@ -27,7 +27,7 @@ NUM_SUMS, NUM_REPLAYS = 50, 10
 
 
 def seconds_of(add: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
-    """Of one sum, on the device; the fastest of several looks at many."""
+    """Return the seconds that one sum takes on the device; the fastest of several looks at many."""
 
     def run() -> None:
         for _ in range(NUM_SUMS):

@@ -87,7 +87,7 @@ BAD_BODIES: list[tuple[str, bytes]] = [
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What the idle server says it still has."""
+    """Hold what the idle server says it still has."""
 
     running: float
     waiting: float

@@ -140,7 +140,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ServerFigures:
-    """Of a server, since it was asked last."""
+    """Record how a server did since it was asked last."""
 
     cpu_s: float
     idle_s: float  # of the device
@@ -150,7 +150,7 @@ class ServerFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one run."""
+    """Record how one run went."""
 
     seconds: float  # from the first request to the last byte
     num_bytes: int

@@ -164,7 +164,7 @@ class ModelRunner:
         self.ranks: Followers | None = None
 
     def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
-        """Not captured yet."""
+        """Return graphs of these sizes, not captured yet."""
         return StepGraphs(
             sizes, self.stager, self.run_greedy, self.comm.meet,
             has_windows=self.kv.window_slots is not None, has_rope=self.model.has_rope_axes,
@@ -211,14 +211,14 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def recapture_graphs(self) -> None:
-        """Anew, where there were any: they hold the addresses of weights and KV pool."""
+        """Capture the graphs again, where there were any: they hold the addresses of weights and KV pool."""
         if self._is_cuda:
             torch.cuda.synchronize()  # weights and pool were written on another stream
         if self._graph_sizes is not None:
             self.capture_graphs(self._graph_sizes)
 
     def move_weights(self, device: torch.device) -> None:
-        """To `device`, or to host memory and back. No step may be in flight."""
+        """Move the weights to `device`: to host memory, or back. No step may be in flight."""
         for layer in unique_layers(self.model):
             layer.move_to(device)
 
@@ -341,7 +341,7 @@ class ModelRunner:
         self._sample(step)
 
     def _forward(self, step: Step) -> None:
-        """From the staged plan to the logits."""
+        """Compute a staged plan up to its logits."""
         plan = step.plan
         for row, start, slots in plan.prefix_copies:
             slots_tensor = torch.from_numpy(slots).to(self.device, non_blocking=True)
@@ -372,7 +372,7 @@ class ModelRunner:
             step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
 
     def _sample(self, step: Step) -> None:
-        """From the logits to the tokens on the host."""
+        """Make tokens of the logits, and copy them to the host."""
         num_samples = len(step.plan.samples)
         logits, greedy, staged = step.logits, step.greedy, step.batch
         step.logits = step.greedy = step.batch = None  # their memory is the next step's
@@ -491,7 +491,7 @@ class ModelRunner:
         return [PromptLogprobs(state, work.start, chosen, top_values, top_ids, ids_values)]
 
     def _tokens_to_host(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Into a buffer that is written again some steps later."""
+        """Copy `tokens` into a buffer that is written again NUM_STAGING_BUFFERS launches later."""
         if not self._is_cuda:
             return tokens
         num_tokens = len(tokens)

@@ -101,7 +101,6 @@ class Variable(Expr):
     """The value of a variable, or of an argument, that a trace does not know. It can be appended, and no more."""
 
     name: str
-    is_argument: bool = False
 
     def _refuse(self, *_: object) -> Any:
         raise TypeError(f"the value of {self.name} is not known in a trace")

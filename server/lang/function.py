@@ -225,7 +225,7 @@ class SglFunction:
         return state
 
     def _trace(self, state: TracerState, known: JSON) -> None:
-        trace_program(self.func, {name: Variable(name, True) for name in self.arg_names} | known, state)
+        trace_program(self.func, {name: Variable(name) for name in self.arg_names} | known, state)
 
     def cache(self, backend: Any = None) -> str:
         """Have the server cache the text that every run starts with; returns it."""
