@@ -86,7 +86,8 @@ CORPUS = (
     '{"name": "Harry", "house": "Gryffindor", "alive": true, "age": 17}',
     "Grüße aus Köln, naïve café, 日本語のテキスト, 你好世界, Привет, мир! 🙂🚀",
 )
-MAX_CALLBACK_MS = 50
+MAX_CALLBACK_MS = 100
+MAX_TEST_MS = 1000  # of a test's own steps, in which it may compute what it expects and make a client's classes
 MAX_RERUNS = 3  # of a test in which a callback held the event loop
 DELAYS_INTERVAL_S = 0.005  # between two looks at what threads waited for: a callback is charged less by so much at most
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -280,22 +281,29 @@ def describe_callback(callback: Any) -> str:
     return repr(owner) if isinstance(owner, asyncio.Task) else f"{getattr(callback, '__qualname__', callback)!s}"
 
 
+def is_step_of(callback: Any, function: Callable[..., Any]) -> bool:
+    owner = getattr(callback, "__self__", None)
+    code = inspect.unwrap(function).__code__
+    return isinstance(owner, asyncio.Task) and getattr(owner.get_coro(), "cr_code", None) is code
+
+
 @pytest.fixture(autouse=True)
 def blocking_call_guard(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[BlockingCallGuard | None]:
-    """Fail an async test in which one callback held the event loop for more than 50 ms.
+    """Fail an async test in which one callback held the event loop for more than 100 ms, or its own steps for 1 s.
 
-    `@pytest.mark.max_callback_ms(200)` sets another limit; a comment beside it says why. Every callback and every step
-    of a task is a `Handle._run`, those of async fixtures included; its length is wall time less `OthersTime`, so that a
-    busy machine fails no test. A test may ask for the guard to read it; tests without a loop get None, and those of
-    a GPU, where the first launch of a kernel that no warm-up knows compiles it.
+    `@pytest.mark.max_callback_ms(200)` sets another limit for both; a comment beside it says why. Every callback and
+    every step of a task is a `Handle._run`, those of async fixtures included; its length is wall time less
+    `OthersTime`, so that a busy machine fails no test. A test may ask for the guard to read it; tests without a loop
+    get None, and those of a GPU, where the first launch of a kernel that no warm-up knows compiles it.
     """
     if not inspect.iscoroutinefunction(request.function) or request.node.get_closest_marker("gpu"):
         yield None
         return
     marker = request.node.get_closest_marker("max_callback_ms")
     guard = BlockingCallGuard((marker.args[0] if marker else MAX_CALLBACK_MS) / 1e3)
+    test_limit_s = guard.limit_s if marker else MAX_TEST_MS / 1e3
     others_time = OthersTime()
     run = asyncio.Handle._run
 
@@ -305,7 +313,10 @@ def blocking_call_guard(
         started = time.perf_counter()
         run(handle)
         held_s = time.perf_counter() - started
-        if held_s > guard.limit_s and (held_s := held_s - others_time.since(others)) > guard.limit_s:
+        if held_s <= guard.limit_s:
+            return
+        limit_s = test_limit_s if is_step_of(callback, request.function) else guard.limit_s
+        if (held_s := held_s - others_time.since(others)) > limit_s:
             guard.blocked.append((describe_callback(callback), held_s))
 
     monkeypatch.setattr(asyncio.Handle, "_run", timed_run)

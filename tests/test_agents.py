@@ -312,7 +312,6 @@ def call_of(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-@pytest.mark.max_callback_ms(150)  # of the official client, which builds models for the calls
 async def test_a_custom_tools_call_comes_back_as_one_and_a_namespaces_under_both_names() -> None:
     patch = '*** Begin Patch\n+ "x"'
     text = call_of("apply_patch", input=patch) + "\n" + call_of("mcp__files__read", path="a")

@@ -102,7 +102,6 @@ async def test_a_stream_is_a_message_that_starts_grows_and_stops(client: Client)
     assert found[-2][1]["usage"]["output_tokens"] == 3
 
 
-@pytest.mark.max_callback_ms(150)  # the client makes its classes at first use
 async def test_the_official_stream_accumulates_to_the_same_message(api: anthropic.AsyncAnthropic) -> None:
     whole = await api.messages.create(model="fake-model", max_tokens=20, messages=USER)
     async with api.messages.stream(model="fake-model", max_tokens=20, messages=USER) as stream:
@@ -404,7 +403,6 @@ async def test_an_aborted_message_is_an_error_since_no_stop_reason_says_so(clien
     assert (response.status, (await response.json())["type"]) == (499, "error")
 
 
-@pytest.mark.max_callback_ms(150)  # the client makes its classes at first use
 async def test_a_disconnect_aborts_the_message() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client, official(client) as api:

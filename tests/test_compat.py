@@ -286,7 +286,6 @@ class City(pydantic.BaseModel):
     population: int
 
 
-@pytest.mark.max_callback_ms(400)  # the official client imports what parses when it is first asked to
 async def test_an_answer_is_parsed_into_a_data_model(engine: FakeEngine) -> None:
     engine.answer = '{"name":"Oslo","population":700000}'
     async with serving(engine) as client:

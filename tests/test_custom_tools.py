@@ -134,7 +134,6 @@ async def test_a_streamed_call_of_a_custom_tool_is_what_the_whole_answer_has() -
         assert (await api.chat.completions.create(**{**body, "messages": again})).choices
 
 
-@pytest.mark.max_callback_ms(200)  # OpenAI's client makes its classes of events with the first stream
 async def test_shells_and_patches_are_functions_whose_calls_come_back_as_the_clients_items() -> None:
     tools = [{"type": "local_shell"}, {"type": "shell", "environment": {"type": "local"}}, {"type": "apply_patch"}]
     operation = {"type": "update_file", "path": "a.py", "diff": "-x\n+y"}
