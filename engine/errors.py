@@ -14,11 +14,11 @@ EngineError                  500  this request, or the engine, cannot be served
 ├── ModelNotFound            404  server.reading.model_name
 ├── ResponseNotFound         404  server.apis.responses
 ├── ItemNotFound             404  server.apis.responses: no stored response has the item of an item_reference
-├── NotFound                 404  server.apis.files: no such file or batch
+├── NotFound                 404  server.apis.file_store: no such file or batch
 ├── BodyStalled              408  server.http.bodies
 ├── BodyTooLarge             413  server.http.bodies
 ├── FileTooLarge             413  server.apis.files
-├── StorageUnavailable       503  server.apis.files: the disk is full, or not writable
+├── StorageUnavailable       503  server.apis.file_store: the disk is full, or not writable
 └── NoWorkerAnswers          503  server.fleet.router
 
 Exception                         for one caller, which catches it

@@ -40,7 +40,7 @@ from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from engine.step.first_start import start_compilers_at_first_start
 from engine.watchdog import Watchdog
-from server.apis.files import FILE_STORE
+from server.apis.file_store import FILE_STORE
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.access_log import JsonAccessLogger

@@ -10,11 +10,13 @@ from aiohttp.typedefs import Handler
 from engine.engine import Engine
 from engine.errors import EngineError
 from server.apis.anthropic import AnthropicApi
-from server.apis.batches import Batches, LineHandler
+from server.apis.batch import LineHandler
+from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi, EmbeddingsRequest
 from server.apis.file_prompts import FilePromptApi
-from server.apis.files import FILE_STORE, FilesApi, FileStore
+from server.apis.file_store import FILE_STORE, FileStore
+from server.apis.files import FilesApi
 from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi

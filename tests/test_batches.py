@@ -330,7 +330,7 @@ class FullDisk:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full, self._folder, self._write = False, str(folder), os.write
         self._write_bytes = Path.write_bytes
-        monkeypatch.setattr("server.apis.batches.DISK_RETRY_S", 0.01)
+        monkeypatch.setattr("server.apis.batch.DISK_RETRY_S", 0.01)
         monkeypatch.setattr(os, "write", self.write)
         monkeypatch.setattr(Path, "write_bytes", lambda path, content: self.write_bytes(path, content))
 
@@ -385,7 +385,7 @@ async def test_a_server_that_ends_on_a_full_disk_leaves_a_batch_that_the_next_on
         engine.finish(engine.states[0], FinishReason("stop"))
         await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
         if ending == "finalizing":
-            monkeypatch.setattr("server.apis.batches.Batches._keep_answers", lambda *_: setattr(disk, "is_full", True))
+            monkeypatch.setattr("server.apis.batch.Batch._keep_answers", lambda *_: setattr(disk, "is_full", True))
         else:
             disk.is_full = True
         for request in list(engine.live.values()):
@@ -427,7 +427,7 @@ async def test_a_batch_can_be_cancelled_before_its_file_is_known_to_be_wrong(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_cancelled = threading.Event()
-    monkeypatch.setattr("server.apis.batches.check_lines", lambda *_: is_cancelled.wait(60))
+    monkeypatch.setattr("server.apis.batch.check_lines", lambda *_: is_cancelled.wait(60))
     async with api_of(FakeEngine()) as api:
         batch = await start(api, [line])
         await asyncio.sleep(0)
@@ -446,7 +446,7 @@ async def test_a_batch_that_outlives_its_window_expires() -> None:
 
 
 async def test_a_full_queue_only_delays_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.apis.batches.RETRY_S", 0.01)
+    monkeypatch.setattr("server.apis.batch.RETRY_S", 0.01)
     engine = FakeEngine()
     submit, num_refused = engine.submit, 0
 
