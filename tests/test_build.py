@@ -1,5 +1,6 @@
 """What is decided at start from the flags and the machine, and said."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from engine.build import build, describe_backends, load_model_files, resolve_con
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.sizes import CUDA_MAX_STEP_MS
+from engine.step.warmup import _run_prompts
 from engine.text.tokenizer import Tokenizer
 from kernels import flashinfer_attention, hopper
 from kernels.attention import choose_backend
 from tests.cards import CARDS
+from tests.test_engine import running_engine
 
 CUDA = torch.device("cuda", 0)
 
@@ -193,3 +196,15 @@ def test_the_tokenizer_is_seen_before_the_weights_are_loaded(tiny_llama: Path, m
     monkeypatch.setattr("engine.build.load_weights", load)
     with pytest.raises(ModelError, match=r"\d+ tokens"):
         build(EngineConfig(model_path=str(tiny_llama), device="cpu"), print, on_tokenizer=refuse)
+
+
+async def test_steps_of_a_warm_up_leave_no_slots_behind_which_a_smaller_pool_lacks(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    async with running_engine(tiny_llama) as engine:
+        runner = engine.parts.runner
+        _run_prompts(runner, [24], num_samples=1)
+        assert runner.kv[0].k[24].any(), "the step was meant to write to slot 24"
+        assert not runner.stager.slot_table.any(), "a context of padding would be read from there"

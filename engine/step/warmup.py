@@ -166,4 +166,5 @@ def _run_prompts(
             work = runner.sampler.plan_work(plan)
             work.is_greedy = is_greedy
             runner.sampler.sample(logits, work, staged.sample_rows, staged.sample_positions)
+        runner.stager.slot_table[0].zero_()  # a smaller pool that follows has no such slots
     torch.cuda.synchronize()  # the staging buffer is used again
