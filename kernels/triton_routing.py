@@ -76,7 +76,9 @@ def _route_kernel(
             finite = tl.where(is_expert, values, score)
             is_near = (score - finite) / tl.maximum(tl.abs(finite), score) <= MARGIN
             score = 1.0 / tl.sum(tl.where(is_near & is_expert, tl.exp(choice - score), 0.0), axis=0)
-        chosen = tl.where(place == i, (best // BLOCK_GROUP * GROUP + best % BLOCK_GROUP).to(tl.int64), chosen)
+        # Of numbers that are none, as rows of padding may have, the best may be a cell without an expert.
+        best_expert = tl.minimum(best // BLOCK_GROUP * GROUP + best % BLOCK_GROUP, NUM_GROUPS * GROUP - 1)
+        chosen = tl.where(place == i, best_expert.to(tl.int64), chosen)
         counts = tl.where(place == i, score, counts)
         choice = tl.where(cell == best, float("-inf"), choice)
     if RENORMALIZE:

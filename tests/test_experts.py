@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -297,6 +298,30 @@ def test_the_routers_kernel_chooses_as_its_definition(name: str, has_correction:
     wanted_ids, wanted = route(logits, routing, correction, held)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted)
+
+
+def last_not_above(values: np.ndarray, axis: int, keepdims: bool) -> np.ndarray:
+    """Return what the compiled `tl.argmax` does: of two numbers of which neither is above the other, the second."""
+    assert not keepdims
+
+    def of_line(line: np.ndarray) -> int:
+        best = 0
+        for i in range(1, len(line)):
+            best = best if line[best] >= line[i] else i
+        return best
+
+    return np.apply_along_axis(of_line, axis, values).astype(np.int64)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_rows_of_padding_go_to_experts_that_there_are(name: str, monkeypatch: pytest.MonkeyPatch):
+    from kernels.triton_routing import route_triton
+
+    monkeypatch.setattr(np, "nanargmax", last_not_above)  # the interpreter's
+    num_experts = ROUTINGS[name].num_experts
+    ids, _ = route_triton(torch.full((2, num_experts), torch.nan), ROUTINGS[name])
+    assert ids.min() >= 0 and ids.max() < num_experts
 
 
 def test_experts_are_chosen_of_the_best_groups_only():
