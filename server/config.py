@@ -1,15 +1,18 @@
 """The server's options, and a command line made from them and the engine's."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import orjson
 import yaml
 
 from engine.config import DEBUG, EngineConfig, option, option_type
@@ -17,13 +20,13 @@ from server.commands import COMMANDS
 from server.fleet.torchrun import torchrun_options
 from server.foreign_flags import (
     MODELSCOPE_VARIABLES,
-    SERVER_FLAGS,
     ForeignFlag,
     describe,
     find,
     translate,
     uses_modelscope,
 )
+from server.foreign_tables import SERVER_FLAGS
 from server.media.limits import DEFAULT_COUNTS, MediaLimits, read_limits
 from server.parser_names import REASONING_ALIASES, REASONING_NAMES, TOOL_ALIASES, TOOL_NAMES
 
@@ -98,7 +101,9 @@ class ServerConfig(EngineConfig):
         '1048576}, "video": {"fps": 1}}'
     )  # fmt: skip
 
-    served_model_name: str | None = option(None, API, "name of the model in the OpenAI API; default: --model-path")
+    served_model_name: list[str] | None = option(
+        None, API, "names by which clients may ask for the model, the first one its own; default: --model-path"
+    )
     chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
     tool_call_parser: str | None = option(
         None, API, "how the model writes tool calls; default: as its chat template shows", choices=TOOL_CALL_PARSERS
@@ -143,8 +148,13 @@ class ServerConfig(EngineConfig):
 
     @property
     def model_name(self) -> str:
-        """Name by which clients ask for the model."""
-        return self.served_model_name or self.model_path
+        """Name of the model where it has but one."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """Names by which clients may ask for the model."""
+        return self.served_model_name or [self.model_path]
 
     @property
     def traces_endpoint(self) -> str | None:
@@ -274,7 +284,7 @@ def make_parser(
         if scalar is bool:
             settings["action"] = "store_true"
         else:
-            settings |= {"type": scalar, "metavar": scalar.__name__.upper()}
+            settings |= {"type": whole_number if scalar is int else scalar, "metavar": scalar.__name__.upper()}
             if field.metadata["choices"]:
                 settings |= {"choices": field.metadata["choices"], "metavar": None}
             if is_list:
@@ -295,10 +305,31 @@ def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     except ValueError as error:
         parser.error(str(error))
     values, unknown = parser.parse_known_args(argv)
+    switches = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
+    unknown = [word for word in unknown if "--" + word.removeprefix("--no-") not in switches]  # all are off by default
     if unknown:
         flag = unknown[0].partition("=")[0]
         parser.error(f"unknown argument: {flag}{_hint(flag, _known_flags(parser))}")
-    return vars(values)
+    return {name: _listed(value) for name, value in vars(values).items()}
+
+
+def _listed(value: Any) -> Any:
+    """Return a list of texts that is written as JSON, as vLLM takes some, as a list; anything else as it is."""
+    if isinstance(value, list) and len(value) == 1 and str(value[0]).startswith("["):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return [str(one) for one in orjson.loads(value[0])]
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Return a number as vLLM reads it, too: `8k` is 8,000 and `8K` 8,192."""
+    if (found := re.fullmatch(r"([-+]?[0-9.]+)([kmgKMG])", text)) is None:
+        return int(text)
+    step = 1000 if found[2].islower() else 1024
+    return int(float(found[1]) * step ** (1 + "kmg".index(found[2].lower())))
+
+
+whole_number.__name__ = "int"  # as argparse names it in an error
 
 
 def _foreign(parser: argparse.ArgumentParser) -> Collection[ForeignFlag]:

@@ -95,7 +95,7 @@ async def measure(folder: Path, calls: Calls, with_functions: bool) -> None:
     from server.config import ServerConfig
 
     config = ServerConfig(
-        model_path=str(folder), dtype="float32", device="cpu", served_model_name="tiny", max_total_tokens=4096
+        model_path=str(folder), dtype="float32", device="cpu", served_model_name=["tiny"], max_total_tokens=4096
     )
     async with new_engine(config) as engine, TestClient(TestServer(build_app(engine, config))) as client:
 

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.foreign_flags import ROUTER_FLAGS, SGLANG_FLAGS, VLLM_FLAGS, ForeignFlag
+from server.foreign_flags import ForeignFlag, by_meaning
+from server.foreign_tables import ROUTER_FLAGS, SGLANG_FLAGS, SHARED_FLAGS, VLLM_FLAGS
 
 PAGE = Path(__file__).parent.parent / "server" / "MIGRATION.md"
 TABLES: tuple[tuple[str, Sequence[ForeignFlag]], ...] = (
     ("vLLM's server", VLLM_FLAGS),
     ("SGLang's server", SGLANG_FLAGS),
+    ("Values of flags that are ours, too", SHARED_FLAGS),
     ("SGLang's router", ROUTER_FLAGS),
 )
 
@@ -17,9 +19,9 @@ TABLES: tuple[tuple[str, Sequence[ForeignFlag]], ...] = (
 def table(flags: Sequence[ForeignFlag]) -> str:
     """Return a table of flags: first what has a meaning here, then what needs none, then what is refused."""
     lines = ["| flag | here |", "|---|---|"]
-    for one in sorted(flags, key=rank):
-        meaning = re.sub(r"(?<![`\w-])(--[a-z][a-z0-9-]*(?:=\S+)?)", r"`\1`", one.describe())
-        lines.append(f"| `{one.flag}` | {meaning} |".replace("{", "\\{"))
+    for meaning, names in by_meaning(sorted(flags, key=rank)).items():
+        meaning = re.sub(r"(?<![`\w-])(--[a-z][a-z0-9-]*(?:=\S+)?)", r"`\1`", meaning)
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {meaning} |".replace("{", "\\{"))
     return "\n".join(lines)
 
 

@@ -135,7 +135,7 @@ async def test_of_the_second_of_two_recorded_turns_only_the_new_tokens_are_compu
 ) -> None:
     """Unless the lines that change in each prompt are kept: then nothing is found but the template's first tokens."""
     usages = []
-    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": ["fake-model"]}
     async with (
         running_engine(tiny_llama, context_length=4096) as engine,
         serving(engine, keep_volatile_prompts=keeps, tool_call_parser="none", **options) as client,
@@ -418,7 +418,7 @@ def test_a_header_is_short_and_safe_whatever_names_the_client_chose() -> None:
 @pytest.mark.parametrize("api", agent.APIS)
 async def test_of_a_replayed_session_what_is_new_is_computed_and_little_else(tiny_llama: Path, api: str) -> None:
     session = agent.Session.drawn(0, num_turns=4, num_tools=3, system_words=50, result_words=20)
-    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": ["fake-model"]}
     async with (
         running_engine(tiny_llama, context_length=4096, max_total_tokens=16384) as engine,
         serving(engine, **options) as client,
@@ -430,7 +430,7 @@ async def test_of_a_replayed_session_what_is_new_is_computed_and_little_else(tin
 
 
 async def test_the_usage_of_message_start_is_that_of_the_end(tiny_llama: Path) -> None:
-    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": ["fake-model"]}
     body = {"max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "Once upon a time " * 9}]}
     async with running_engine(tiny_llama) as engine, serving(engine, **options) as client:
         for turn in range(2):

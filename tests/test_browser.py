@@ -569,7 +569,7 @@ async def test_the_dashboard_draws_curves_and_their_values_under_the_pointer(tab
 
 
 async def test_behind_a_router_the_dashboard_adds_up_its_workers_or_shows_one(tab: Tab) -> None:
-    async with served(FakeEngine()) as first, served(FakeEngine(), served_model_name="second") as second:
+    async with served(FakeEngine()) as first, served(FakeEngine(), served_model_name=["second"]) as second:
         config = RouterConfig(worker_urls=[first.rstrip("/"), second.rstrip("/")])
         router = web.AppRunner(Router(config).build_app(), handler_cancellation=True)
         await router.setup()

@@ -18,7 +18,8 @@ from aiohttp.test_utils import TestClient
 
 from server.config import ServerConfig, parse_args
 from server.fleet.router import RouterConfig
-from server.foreign_flags import ANY, ROUTER_FLAGS, SERVER_FLAGS, ForeignFlag
+from server.foreign_flags import ANY, ForeignFlag
+from server.foreign_tables import ROUTER_FLAGS, SERVER_FLAGS
 from server.http.live import MANY_LOGPROBS
 from tests.fake_engine import PARSERS, FakeEngine, events_of, serving
 from tests.test_engine import running_engine
@@ -338,6 +339,26 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
         ("--lora-paths a=b c=d --port 1", None),
         ("--pp-size 2", None),
         ("--task transcription", None),
+        ("-tp 2 -O3 -dp 4 -cc {}", {"tp_size": 2, "dp_size": 4}),
+        ("--max-model-len 8k --max-num-batched-tokens 8K", {"context_length": 8000, "chunked_prefill_size": 8192}),
+        ("--max-model-len -1 --max-num-seqs 8", {"max_running_requests": 8}),
+        ("--max-model-len auto --kv-cache-dtype fp8", {"kv_cache_dtype": "fp8_e4m3"}),
+        ("--kv-cache-dtype=bf16 --attention-backend FA3", {"kv_cache_dtype": "bfloat16"}),
+        ("--attention-backend torch_native --load-format layered", {"attention_backend": "torch"}),
+        ("--attention-backend triton --schedule-policy priority", {"attention_backend": "triton"}),
+        ("--load-balance-method auto --grammar-backend=outlines", {}),
+        ("--no-enforce-eager --no-enable-eplb --no-trust-remote-code --port 1", {"port": 1}),
+        ("--no-async-scheduling --compilation-config.mode 3", {"disable_overlap_schedule": True}),
+        ("--cudagraph-capture-sizes 1 2 --port 1", {"cuda_graph_bs": [1, 2], "port": 1}),
+        ("--enable-eplb --eplb-config.window_size 5 --numa-node 0 1 --port 1", {"port": 1}),
+        ("--served-model-name a b --port 1", {"served_model_name": ["a", "b"], "port": 1}),
+        ('--allowed-origins ["http://a","*"]', {"allowed_origins": ["http://a", "*"]}),
+        ("--speculative-config.method ngram", None),
+        ("--max-lora-rank 8", None),
+        ("--enable-lora-bias", None),
+        ("--root-path /llm", None),
+        ("--uds /tmp/socket", None),
+        ("--model-impl transformers", None),
     ],
 )  # fmt: skip
 def test_another_servers_flag_means_the_same_here_or_is_refused_with_a_reason(
@@ -371,7 +392,7 @@ def test_the_table_of_foreign_flags_agrees_with_the_servers_own(table: tuple[For
     own |= {alias for field in fields.values() for alias in field.metadata["aliases"]}
     flags = [one.flag for one in table]
     assert len(flags) == len(set(flags))
-    assert not own & set(flags)
+    assert own & set(flags) == {one.flag for one in table if one.is_shared}
     assert not [flag for flag in own for one in flags if one[-1] == ANY and flag.startswith(one[:-1])]
     for one in table:
         assert one.describe() and len(one.reason) < 200
@@ -407,6 +428,25 @@ def test_a_slip_of_the_keys_is_hinted_at(flag: str, meant: str, capsys: pytest.C
 @pytest.mark.parametrize(("value", "is_used"), [("true", True), ("1", True), ("false", False), ("", False)])
 def test_sglangs_variable_takes_hub_ids_from_modelscope(value: str, is_used: bool) -> None:
     assert parse_args([], {"SGLANG_USE_MODELSCOPE": value}).use_modelscope == is_used
+
+
+def test_a_switch_of_anothers_takes_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--enforce-eager=false"])
+    assert "--enforce-eager takes no value, got 'false'" in capsys.readouterr().err
+
+
+async def test_a_model_may_have_several_names_and_answers_by_the_one_it_was_asked_for(engine: FakeEngine) -> None:
+    async with serving(engine, served_model_name=["fake-model", "claude-haiku"]) as client:
+        listed = (await (await client.get("/v1/models")).json())["data"]
+        assert [card["id"] for card in listed] == ["fake-model", "claude-haiku"]
+        for name, said in (("claude-haiku", "claude-haiku"), ("fake-model", "fake-model"), ("", "fake-model")):
+            body = {"model": name, "prompt": "Hi", "max_tokens": 1}
+            assert (await (await client.post("/v1/completions", json=body)).json())["model"] == said
+        tags = (await (await client.get("/api/tags")).json())["models"]
+        assert [card["name"] for card in tags] == ["fake-model", "claude-haiku"]
+        response = await client.get("/v1/models/other")
+        assert response.status == 404 and "this server has 'fake-model', 'claude-haiku'" in await response.text()
 
 
 def test_help_shows_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ SYNTAXES = {  # a grammar, and a pattern of its texts
     ),
     "regex": (r'[x"]y\n+z', r'[x"]y\n+z'),
 }
-OPTIONS: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
+OPTIONS: dict[str, Any] = {"served_model_name": ["fake-model"], "chat_template": "chatml"}
 
 
 @pytest.fixture(scope="module", autouse=True)

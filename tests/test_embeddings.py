@@ -170,7 +170,7 @@ def write(path: Path, text: str) -> None:
 @asynccontextmanager
 async def client_of(folder: Path, tmp_path: Path, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
     async with running_engine(folder, **options) as engine:
-        config = ServerConfig(model_path=str(folder), served_model_name="m", file_storage_path=str(tmp_path))
+        config = ServerConfig(model_path=str(folder), served_model_name=["m"], file_storage_path=str(tmp_path))
         async with TestClient(TestServer(build_app(engine, config))) as client:
             yield client
 

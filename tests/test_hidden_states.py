@@ -74,7 +74,7 @@ async def test_meta_info_has_the_prompts_states_and_one_of_each_token_but_the_la
     tiny_llama: Path, model: Any
 ) -> None:
     body = {"input_ids": PROMPTS[0], "return_hidden_states": True, "sampling_params": {"max_new_tokens": 4}}
-    options: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
+    options: dict[str, Any] = {"served_model_name": ["fake-model"], "chat_template": "chatml"}
     async with running_engine(tiny_llama, **ASKED) as engine, serving(engine, **options) as client:
         answer = await (await client.post("/generate", json=body)).json()
         prompt, *tokens = answer["meta_info"]["hidden_states"]
@@ -102,7 +102,7 @@ async def events_of(client: Any, path: str, body: dict[str, Any]) -> list[dict[s
 
 
 async def test_streams_end_with_the_states_of_an_answer_that_is_not_streamed(tiny_llama: Path) -> None:
-    options: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
+    options: dict[str, Any] = {"served_model_name": ["fake-model"], "chat_template": "chatml"}
     limits = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_hidden_states": True}
     native = {"return_hidden_states": True, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
     async with running_engine(tiny_llama, **ASKED) as engine, serving(engine, **options) as client:
@@ -143,7 +143,7 @@ async def test_states_are_refused_by_name_where_the_server_cannot_give_them(tiny
         "/v1/completions": {"prompt": "Hi", **asked},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], **asked},
     }
-    options: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
+    options: dict[str, Any] = {"served_model_name": ["fake-model"], "chat_template": "chatml"}
     async with running_engine(tiny_llama) as engine, serving(engine, **options) as client:
         for stream, (path, body) in itertools.product((False, True), bodies.items()):
             response = await client.post(path, json={**body, "stream": stream})

@@ -29,7 +29,13 @@ WORDS = {
         "engine.config_file",
         "engine.rope_config",
     },
-    "server": {"server.config", "server.foreign_flags", "server.commands", "server.parser_names"},
+    "server": {
+        "server.config",
+        "server.foreign_flags",
+        "server.foreign_tables",
+        "server.commands",
+        "server.parser_names",
+    },
 }
 # Wing -> what else of its package it may import. The rest of the engine drives these: loop, engine, build, ...
 WINGS = {

@@ -23,7 +23,7 @@ from tests.lang_servers import listening, serving_engine, tiny_engine
 
 @pytest.fixture(scope="module")
 def url(tiny_llama: Path) -> Iterator[str]:
-    with tiny_engine(tiny_llama) as engine, serving_engine(engine, served_model_name="tiny") as url:
+    with tiny_engine(tiny_llama) as engine, serving_engine(engine, served_model_name=["tiny"]) as url:
         yield f"{url}/v1"
 
 

@@ -70,7 +70,7 @@ def test_a_form_goes_through_openais_api(engine: sgl.Engine) -> None:
         s += sgl.assistant(sgl.gen("answer", regex=IP_REGEX, temperature=0))
         s += sgl.user("And a city?") + sgl.assistant(sgl.gen("city", json_schema=CITY_SCHEMA, max_tokens=200))
 
-    with serving_engine(engine, served_model_name="tiny") as url:
+    with serving_engine(engine, served_model_name=["tiny"]) as url:
         api = OpenAI("tiny", base_url=f"{url}/v1", api_key="none")
         state = address.run(backend=api)
         assert re.fullmatch(IP_REGEX, state["answer"])

@@ -23,7 +23,7 @@ natively = pytest.mark.parametrize("backend", ["http", "in_process"], indirect=T
 def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Yield backends by name; one engine answers for all of them."""
     folder = make_vision_model(tmp_path_factory.mktemp("llava"), "llava")
-    with tiny_engine(folder) as engine, serving_engine(engine, served_model_name="llava") as url:
+    with tiny_engine(folder) as engine, serving_engine(engine, served_model_name=["llava"]) as url:
         backends: dict[str, Any] = {
             "http": sgl.RuntimeEndpoint(url),
             "openai_chat": OpenAI("llava", base_url=f"{url}/v1", api_key="none"),

@@ -28,7 +28,7 @@ as_chat = pytest.mark.parametrize("backend", ["http", "in_process", "openai_chat
 def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
     """Yield backends by name; one engine answers for all of them."""
     model = "demo" if HAS_DEMO else tiny_llama
-    served: dict[str, Any] = {"served_model_name": "demo", "enable_cache_report": True}
+    served: dict[str, Any] = {"served_model_name": ["demo"], "enable_cache_report": True}
     with tiny_engine(model) as engine, serving_engine(engine, **served) as url:
         api: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none"}
         backends: dict[str, Any] = {

@@ -35,7 +35,7 @@ async def engine(without_text: Path) -> AsyncIterator[LocalEngine]:
 
 @pytest.fixture
 async def client(engine: LocalEngine) -> AsyncIterator[Client]:
-    async with serving(engine, served_model_name="fake-model", skip_tokenizer_init=True) as client:
+    async with serving(engine, served_model_name=["fake-model"], skip_tokenizer_init=True) as client:
         yield client
 
 
@@ -43,7 +43,7 @@ async def test_answers_are_the_token_ids_that_a_tokenizer_would_make_text_of(
     client: Client, engine: LocalEngine, tiny_llama: Path
 ) -> None:
     answer = await (await client.post("/generate", json=BODY)).json()
-    async with running_engine(tiny_llama) as other, serving(other, served_model_name="fake-model") as with_text:
+    async with running_engine(tiny_llama) as other, serving(other, served_model_name=["fake-model"]) as with_text:
         wanted = await (await with_text.post("/generate", json=BODY)).json()
     assert answer["output_ids"] == wanted["output_ids"]
     stopped = {**BODY, "sampling_params": {**PARAMS, "stop_token_ids": [answer["output_ids"][2]]}}
@@ -111,7 +111,7 @@ async def test_what_needs_a_text_is_refused_with_the_flags_name(
 async def test_several_engines_do_without_as_well(without_text: Path) -> None:
     async with (
         running_engine(without_text, skip_tokenizer_init=True, dp_size=2) as engine,
-        serving(engine, served_model_name="fake-model", skip_tokenizer_init=True) as client,
+        serving(engine, served_model_name=["fake-model"], skip_tokenizer_init=True) as client,
     ):
         answer = await (await client.post("/generate", json=BODY)).json()
         assert len(answer["output_ids"]) == PARAMS["max_new_tokens"]

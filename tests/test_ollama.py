@@ -290,7 +290,7 @@ async def test_a_model_that_need_not_stay_is_told_to_go(client: Client, engine: 
 
 
 async def test_a_text_cut_to_the_context_is_computed(tiny_llama: Path, tmp_path: Path) -> None:
-    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path), served_model_name="fake-model")
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path), served_model_name=["fake-model"])
     async with running_engine(tiny_llama) as engine, TestClient(TestServer(build_app(engine, config))) as client:
         vectors = await answer(client, "/api/embed", input=["one", "over and over " * 500])
     assert vectors["prompt_eval_count"] > 512

@@ -278,7 +278,7 @@ async def test_the_model_is_listed_with_the_context_it_really_has(api: openai.As
 
 
 async def test_a_served_name_and_the_path_and_default_are_all_the_model(engine: FakeEngine) -> None:
-    async with serving(engine, served_model_name="org/pet") as client:
+    async with serving(engine, served_model_name=["org/pet"]) as client:
         for name, answered in (("org/pet", "org/pet"), ("fake-model", "fake-model"), ("default", "org/pet")):
             response = await client.post("/v1/completions", json={"model": name, "prompt": "a"})
             assert (await response.json())["model"] == answered

@@ -17,7 +17,8 @@ from server.app import build_app
 from server.config import SECRET_VARIABLES, ServerConfig, make_parser, parse_args, read_options
 from server.dispatch import dispatch
 from server.fleet.router import RouterConfig
-from server.foreign_flags import MODELSCOPE_VARIABLES, ROUTER_FLAGS
+from server.foreign_flags import MODELSCOPE_VARIABLES
+from server.foreign_tables import ROUTER_FLAGS
 from server.lang.loop import LoopThread
 from tests import migration
 from tests.fake_engine import PARSERS, FakeEngine

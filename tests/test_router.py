@@ -779,8 +779,8 @@ async def test_files_batches_and_sessions_are_kept_by_the_first_worker() -> None
 async def test_the_dashboard_shows_the_worker_that_is_asked_for_and_says_which_there_are() -> None:
     engines = FakeEngine(), FakeEngine()
     async with (
-        serving(engines[0], served_model_name="first") as first,
-        serving(engines[1], served_model_name="second") as second,
+        serving(engines[0], served_model_name=["first"]) as first,
+        serving(engines[1], served_model_name=["second"]) as second,
         routing(url_of(first), url_of(second)) as client,
     ):
         for query, name, worker in (

@@ -603,7 +603,7 @@ async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
         return Counter(work=counts[RequestState] + counts[Step] + counts[EventStream], asked=counts[Request])
 
     async with running_engine(tiny_llama) as engine:
-        config = ServerConfig(model_path=str(tiny_llama), served_model_name="tiny")
+        config = ServerConfig(model_path=str(tiny_llama), served_model_name=["tiny"])
         async with TestClient(TestServer(build_app(engine, config))) as client:
             gc.collect()
             gc.disable()

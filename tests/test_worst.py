@@ -51,7 +51,7 @@ def streamed(body: bytes) -> bytes:
 @pytest.mark.max_callback_ms(150)  # thousands of values are parsed and checked in one go
 async def test_what_has_brought_a_server_down_is_answered(kind: str) -> None:
     engine = FakeEngine(context_length=2048)
-    async with serving(engine, served_model_name="demo") as client:
+    async with serving(engine, served_model_name=["demo"]) as client:
         for worst in BY_KIND[kind]:
             body = worst.body
             for sent in (body, body if worst.is_compressed else streamed(body)):

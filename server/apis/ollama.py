@@ -200,11 +200,11 @@ class OllamaApi:
     # ---- about models ----
 
     async def tags(self, _: web.Request) -> web.Response:
-        return json_response({"models": [self._card()]})
+        return json_response({"models": [self._card(name) for name in self.config.model_names]})
 
     async def running(self, _: web.Request) -> web.Response:
         held = {"expires_at": FOREVER, "size_vram": 0, "context_length": self.engine.context_length}
-        return json_response({"models": [self._card() | held]})
+        return json_response({"models": [self._card(name) | held for name in self.config.model_names]})
 
     async def show(self, http_request: web.Request) -> web.Response:
         asked = await read_body(http_request, OllamaModel)
@@ -246,8 +246,7 @@ class OllamaApi:
         }
         return ["completion", *(name for name, is_there in found.items() if is_there)]
 
-    def _card(self) -> JSON:
-        name = self.config.model_name
+    def _card(self, name: str) -> JSON:
         return {
             "name": name,
             "model": name,

@@ -54,23 +54,22 @@ class OpenAIApi:
 
     async def models(self, _: web.Request) -> web.Response:
         # Codex wants its own catalogue beside OpenAI's list: empty, it keeps its prompt and settings for any model.
-        card = self._model_card()
-        ends = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}  # Anthropic's, of a page
-        return json_response({"object": "list", "data": [card], "models": [], **ends})
+        cards = [self._model_card(name) for name in self.config.model_names]
+        ends = {"has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}  # Anthropic's, of a page
+        return json_response({"object": "list", "data": cards, "models": [], **ends})
 
     async def model(self, http_request: web.Request) -> web.Response:
-        self._check_model(http_request.match_info["model"])
-        return json_response(self._model_card())
+        return json_response(self._model_card(self._check_model(http_request.match_info["model"])))
 
-    def _model_card(self) -> JSON:
+    def _model_card(self, name: str) -> JSON:
         """Return what OpenAI's clients read of a model, and what Anthropic's do, under the same paths."""
         return {
-            "id": self.config.model_name,
+            "id": name,
             "object": "model",
             "created": self.started_at,
             "owned_by": "radixloop",
             "type": "model",
-            "display_name": self.config.model_name,
+            "display_name": name,
             "created_at": datetime.fromtimestamp(self.started_at, UTC).isoformat(),
             "root": self.config.model_path,
             "max_model_len": self.engine.context_length,

@@ -30,7 +30,7 @@ from server.__main__ import warm_up
 from server.app import build_app
 from server.config import ServerConfig, make_parser, read_options, to_arguments
 from server.fleet.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
-from server.foreign_flags import SERVER_FLAGS
+from server.foreign_tables import SERVER_FLAGS
 from server.http.connections import MAX_LINE_BYTES
 from server.reading.protocol import error_shape
 

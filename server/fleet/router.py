@@ -35,7 +35,7 @@ from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.prompts import prompt_of
 from server.fleet.workers import Worker, Workers
-from server.foreign_flags import ROUTER_FLAGS
+from server.foreign_tables import ROUTER_FLAGS
 from server.http.bodies import BODY_BUDGET, BodyBudget, next_of_body
 from server.http.connections import Connections
 from server.http.intake import BACKLOG, GATE, LONG_WORK, Gate, LongWork

@@ -12,9 +12,10 @@ class ModelNotFound(EngineError):
 
 def served_model(config: ServerConfig, name: str) -> str:
     """Return the name to answer with. Absent and "default" (SGLang's clients) mean the one model there is."""
-    known = (config.model_name, config.model_path)
+    known = (*config.model_names, config.model_path)
     if name and name != "default" and name not in known:
-        raise ModelNotFound(f"The model {name!r} does not exist; this server has {config.model_name!r}.")
+        served = ", ".join(map(repr, config.model_names))
+        raise ModelNotFound(f"The model {name!r} does not exist; this server has {served}.")
     return name if name in known else config.model_name
 
 
