@@ -142,16 +142,20 @@ class Head(NamedTuple):
     pieces: list[Piece]
 
 
-def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
-    """Return a file's tensors. `ModelError` if it cannot be read."""
+def names_in(file: Path) -> list[str]:
+    """Return the names of a file's tensors. `ModelError` if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as checkpoint:
-            names = list(checkpoint.keys())
+            return list(checkpoint.keys())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
-    return [Head(file, name, pieces_of(name, rules)) for name in names]
+
+
+def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
+    """Return a file's tensors. `ModelError` if it cannot be read."""
+    return [Head(file, name, pieces_of(name, rules)) for name in names_in(file)]
 
 
 def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
@@ -182,7 +186,10 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def tensors_of(files: Sequence[Path], pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors whose whole name `pattern` matches, by the first group of it."""
+    """Return the tensors whose whole name `pattern` matches, by the first group of it.
+
+    `ModelError` if a file cannot be read, or one of them holds codes, which are read of other families' towers alone.
+    """
     from safetensors import SafetensorError, safe_open
 
     found = {}
@@ -191,7 +198,9 @@ def tensors_of(files: Sequence[Path], pattern: re.Pattern[str]) -> dict[str, tor
             with safe_open(file, framework="pt") as checkpoint:
                 for name in list(checkpoint.keys()):
                     if match := pattern.fullmatch(name):
-                        found[match[1]] = checkpoint.get_tensor(name)
+                        found[match[1]] = one = checkpoint.get_tensor(name)
+                        if one.dtype.itemsize == 1:
+                            raise ModelError(f"{name} is of {one.dtype}, the tower is read of plain numbers only")
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
     return found

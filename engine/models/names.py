@@ -272,8 +272,9 @@ TOWERS = (
     "vision_encoder", "vision_projection", "mlp1", "mlp_AR", "projector",
     "sam_model", "qwen2_model", "view_seperator",
 )  # fmt: skip
+TOWER_NAMES = rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"
 LANGUAGE_HALF: tuple[Rule, ...] = (
-    Ignore(rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"),
+    Ignore(TOWER_NAMES),
     Rename(r"^(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
     Rename(r"^language_model\.lm_head\.", "lm_head."),
 )

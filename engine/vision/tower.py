@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.checkpoint.dequantized import plain_tower
 from engine.errors import ModelError
 from engine.media import Image, Media
 from engine.model_config import ModelConfig
@@ -120,22 +121,30 @@ def load_tower(
         if hasattr(text, entry):
             setattr(text, entry, 0)
     config.quantization_config = None
+    state_dict = None
+    if load_format != "dummy":
+        quantized = model_config.raw.get("quantization_config")
+        state_dict = plain_tower(folder, quantized, dtype) if published is None else published.weights(folder)
     with _quiet_transformers():
         if load_format == "dummy":
             with torch.device(device):
                 whole = model_class._from_config(config, dtype=dtype)
         else:
             whole, info = model_class.from_pretrained(
-                folder if published is None else None,
+                folder if state_dict is None else None,
                 config=config,
                 dtype=dtype,
-                state_dict=None if published is None else published.weights(folder),
+                state_dict=state_dict,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
             others = (*LANGUAGE, "lm_head", *(() if published is None else published.others))
             missing = [key for key in info["missing_keys"] if not any(half in key for half in others)]
             if missing:
                 raise ModelError(f"the weights in {folder} lack {', '.join(sorted(missing))}")
+            for key, found, wanted in sorted(info["mismatched_keys"]):
+                if not any(half in key for half in others):
+                    raise ModelError(f"{key} has shape {list(found)}, the model wants {list(wanted)}")
     module = whole.model
     if published is not None:
         published.complete(module, None if load_format == "dummy" else folder, dtype)
