@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine.output import take_logprobs
 from engine.request import Request, SamplingParams
 from engine.schedule.cohort import Cohort
 from engine.schedule.plan import Plan
 from engine.schedule.resolver import Outcome
 from engine.schedule.rows import Rows
 from engine.state import RequestState
-from engine.step.sampler import SampledLogprobs, Sampler
+from engine.step.logprobs import TokenLogprobs, take_logprobs
+from engine.step.sampler import Sampler
 
 NUM_STREAMS = (1, 64, 256)
 VOCAB_SIZE, PROMPT_LEN = 128_256, 96
@@ -69,7 +69,7 @@ def plan_us(count: int, params: SamplingParams) -> float:
 
 
 def logprobs_us(count: int, num_logprobs: int) -> float:
-    values = SampledLogprobs(
+    values = TokenLogprobs(
         torch.randn(count), torch.randn(count, num_logprobs), torch.randint(VOCAB_SIZE, (count, num_logprobs)), None
     )
     outcome = Outcome(states(count, SamplingParams(), num_logprobs), list(range(count)), np.arange(count))

@@ -15,14 +15,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-import numpy as np
-
 from engine.errors import InvalidRequest
 from engine.schedule.resolver import Outcome
 from engine.schedule.scheduler import Scheduler
 from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, ignore
-from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
-from engine.step.sampler import SampledLogprobs
+from engine.step.logprobs import take_logprobs
+from engine.step.model_runner import Step
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class OutputProcessor:
     def _take_values(self, step: Step, outcome: Outcome) -> None:
         """Record a step's log-probabilities, pooled vectors and hidden states."""
         for values in step.prompt_logprobs:
-            self._add_prompt_logprobs(values)
+            values.deliver()
         if step.pooled is not None:
             step.pooled.deliver()
         if step.hidden is not None:
@@ -203,18 +201,6 @@ class OutputProcessor:
             state.times.finished = time.perf_counter()
             self._add(state)
 
-    def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
-        state, collected = values.state, values.state.input_logprobs
-        assert collected is not None
-        next_position = state.logprob_start_len + len(collected.token)
-        first, stop = next_position - values.start - 1, len(values.chosen)  # a retracted prompt repeats some positions
-        if first < stop:
-            token_ids = state.request.input_ids[next_position : values.start + 1 + stop]
-            more = logprobs_of(values, first, token_ids, state)
-            collected.token += more.token
-            collected.top += more.top
-            collected.token_ids += more.token_ids
-
 
 def give(state: RequestState, delta: Delta) -> None:
     """Call the request's sink, and drop it after the last delta; errors that the sink raises are logged.
@@ -235,26 +221,6 @@ def _read_logprobs(state: RequestState, delta: Delta, logprobs: Logprobs) -> Non
     if state.read_logprobs is not None and len(logprobs.token) >= READ_LOGPROBS:
         delta.logprobs = Logprobs()
         state.read_logprobs(logprobs)
-
-
-def take_logprobs(values: SampledLogprobs, samples: np.ndarray, outcome: Outcome) -> None:
-    """Record the log-probabilities of a step's samples, int64 [N], for those that are still running."""
-    # Lists of all at once: for each request's slices, torch would take 15 us.
-    chosen, top_values, top_ids = values.chosen.tolist(), values.top_values.tolist(), values.top_ids.tolist()
-    ids_values = None if values.ids_values is None else values.ids_values.tolist()
-    index_of = {sample: i for i, sample in enumerate(samples.tolist())}
-    for state, token, sample in zip(outcome.states, outcome.token_ids, outcome.samples.tolist(), strict=True):
-        if (i := index_of.get(sample)) is None:
-            continue
-        if state.unsent is None:
-            state.unsent = Delta(state, "", [])
-        if (logprobs := state.unsent.logprobs) is None:
-            logprobs = state.unsent.logprobs = Logprobs()
-        logprobs.token.append((chosen[i], token))
-        if k := state.top_logprobs_num:
-            logprobs.top.append(list(zip(top_values[i][:k], top_ids[i][:k], strict=True)))
-        if (wanted := state.token_ids_logprob) and ids_values is not None:
-            logprobs.token_ids.append(list(zip(ids_values[i], wanted, strict=False)))  # padded for others' sake
 
 
 def _refusal(error: Exception) -> FinishReason:

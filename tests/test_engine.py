@@ -398,7 +398,7 @@ async def test_log_probabilities_of_a_long_prompt_are_made_of_few_logits_at_a_ti
         monkeypatch.setattr(model, "compute_logits", counted)
         given = []
         for most in (256, 7):
-            monkeypatch.setattr("engine.step.model_runner.PROMPT_LOGPROB_ROWS", most)
+            monkeypatch.setattr("engine.step.logprobs.PROMPT_ROWS", most)
             num_rows.clear()
             state = make_state(
                 prompts[2], max_new_tokens=1, return_logprob=True, logprob_start_len=0, top_logprobs_num=2

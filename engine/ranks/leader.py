@@ -25,7 +25,8 @@ from engine.ranks.meeting import Waiting, names
 from engine.ranks.nodes import NodeLink, NodeLinks, open_store
 from engine.step.batch import plan_of
 from engine.step.fields import StepShape
-from engine.step.model_runner import ModelRunner, PromptLogprobWork, Step
+from engine.step.logprobs import PromptLogprobWork
+from engine.step.model_runner import ModelRunner, Step
 from engine.step.sampler import SamplingWork
 
 LOCALHOST = "127.0.0.1"

@@ -9,57 +9,36 @@ step is launched up to its logits, and `sample` enqueues the rest once the host 
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from cache.pool import CachePool
 from engine.layers.communicator import Communicator
-from engine.layers.forward_batch import FeatureRows, Features, ForwardBatch
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
-from engine.state import Logprobs, RequestState
 from engine.step.batch import NUM_STAGING_BUFFERS, Staged, StagedBatch, Stager
 from engine.step.compiled import CompiledSteps
 from engine.step.cuda_graph import GraphSizes, StepGraphs
+from engine.step.features import StepFeatures
 from engine.step.fields import StepShape
 from engine.step.hidden import HiddenStates, HiddenWork, plan_hidden
+from engine.step.host_copies import TokenBuffers, to_host
+from engine.step.logprobs import PromptLogprobs, PromptLogprobWork, TokenLogprobs, plan_prompt_logprobs, prompt_logprobs
 from engine.step.pooling import PooledChunks, pool
-from engine.step.sampler import SampledLogprobs, Sampler, SamplingWork
+from engine.step.sampler import Sampler, SamplingWork
 from engine.step.splitter import StepSplitter
 from engine.text.grammar import MaskFiller, Matcher
 from kernels.bookkeeping import begin_step, end_step
 from kernels.corun import Corun
-from kernels.sampling import logprobs
 
-PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k in float32 is 156 MB, whatever the prompt's length
 MAX_IDLE_S = 0.1
 NUM_EVENT_PAIRS = 4 * NUM_STAGING_BUFFERS  # a step has one pair, or two where its sampling is enqueued apart
-
-
-@dataclass(slots=True)
-class PromptLogprobs:
-    """Log-probabilities of a prompt's tokens [start + 1, start + 1 + N), from one chunk; host tensors."""
-
-    state: RequestState
-    start: int
-    chosen: torch.Tensor  # float32 [N]
-    top_values: torch.Tensor  # float32 [N, K]
-    top_ids: torch.Tensor  # [N, K]
-    ids_values: torch.Tensor | None  # float32 [N, M]
-
-
-@dataclass(slots=True)
-class PromptLogprobWork:
-    state: RequestState | None  # None on ranks that only compute
-    start: int
-    first_token: int  # of the chunk, in the step's T tokens
-    target_ids: np.ndarray  # int64 [N]
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +61,7 @@ class Step:
     logits: torch.Tensor | None = None  # [S or more, V]; like `batch` only valid until the next launch
     greedy: torch.Tensor | None = None  # int32 [S or more], their argmax, where a graph made it
     tokens: torch.Tensor | None = None  # int32 [S or more], host; written again NUM_STAGING_BUFFERS launches later
-    sampled_logprobs: SampledLogprobs | None = None
+    sampled_logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: PooledChunks | None = None
     hidden_work: HiddenWork | None = None  # of rank 0 alone
@@ -143,7 +122,7 @@ class ModelRunner:
         self._last_end: torch.cuda.Event | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")  # on a CPU, computes the steps, in order
         self.stream: torch.cuda.Stream | None = None
-        self._feature_rows: torch.Tensor | None = None  # [1 + L, N, hidden], of the step whose graph is replayed
+        self._token_buffers = TokenBuffers(stager.max_requests, self.device)
         self.compile_steps()
         if self._is_cuda:
             self.stream = torch.cuda.Stream(priority=-1)  # steps come before a tower of pictures
@@ -154,11 +133,7 @@ class ModelRunner:
                     for _ in range(NUM_EVENT_PAIRS)
                 ]
             )
-            self._token_buffers = [
-                torch.empty(stager.max_requests, dtype=torch.int32, pin_memory=True) for _ in range(NUM_STAGING_BUFFERS)
-            ]
-            self._token_parts: dict[int, list[torch.Tensor]] = {}  # the first so many of each of them
-            self._token_turn = 0
+        self.features = StepFeatures(model, comm, self.device, self.stream)
         # Of rank 0 alone: who fills in masks, and who runs every step along with it.
         self.masks: MaskFiller | None = None
         self.ranks: Followers | None = None
@@ -168,23 +143,8 @@ class ModelRunner:
         return StepGraphs(
             sizes, self.stager, self.run_greedy, self.comm.meet,
             has_windows=self.kv.window_slots is not None, has_rope=self.model.has_rope_axes,
-            has_feature_rows=self._make_feature_rows(sizes),
+            has_feature_rows=self.features.reserve(sizes),
         )  # fmt: skip
-
-    def _make_feature_rows(self, sizes: GraphSizes) -> bool:
-        """Make room for the features of a graph's step; False for a model that reads no pictures.
-
-        Other ranks do not know how many features a step has before it is staged: their steps have no graph.
-        """
-        config = self.model.config
-        if not config.vision or self.comm.size > 1:
-            return False
-        if self._feature_rows is None:
-            num_rows = min(sizes.max_prompt_tokens + sizes.max_requests, sizes.max_tokens)
-            self._feature_rows = torch.zeros(
-                1 + self.model.num_deep_layers, num_rows, config.hidden_size, dtype=config.dtype, device=self.device
-            )
-        return True
 
     def capture_graphs(self, sizes: GraphSizes) -> None:
         self._graph_sizes = sizes
@@ -268,7 +228,7 @@ class ModelRunner:
             plan=plan,
             work=work,
             hidden_work=hidden_work,
-            prompt_work=self._plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
+            prompt_work=plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
             staged=self.stager.write(plan, shape),
             shape=shape,
             is_graph=graph_shape is not None,
@@ -350,23 +310,21 @@ class ModelRunner:
         if step.is_graph:
             assert self.graphs is not None
             if plan.features:
-                assert self._feature_rows is not None
-                rows = self._rows_of(plan)
-                self._feature_rows[:, : rows.shape[1]] = rows
+                self.features.write_for_graph(plan)
             step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
         step.batch = staged = self.stager.views(step.shape, plan)
         if staged.feature_tokens is not None:
-            staged.batch.features = self._features(plan, staged.feature_tokens)
+            staged.batch.features = self.features.of_step(plan, staged.feature_tokens)
         hidden = self.forward(staged.batch, step.corun)
         for work in step.prompt_work:
-            step.prompt_logprobs += self._prompt_logprobs(hidden, work)
+            if (values := prompt_logprobs(self.model, hidden, work)) is not None:
+                step.prompt_logprobs.append(values)
         if plan.pooled:
-            parts, values = pool(self.model, hidden, plan)
-            step.pooled = None if values is None else PooledChunks(parts, self._to_host(values))
+            step.pooled = pool(self.model, hidden, plan)
         if (kept := step.hidden_work) is not None:
             tokens = torch.from_numpy(kept.tokens).to(self.device, non_blocking=True)
-            step.hidden = HiddenStates(kept, self._to_host(hidden[tokens].float()))
+            step.hidden = HiddenStates(kept, to_host(hidden[tokens].float()))
         if len(plan.samples):
             is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
             step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
@@ -386,7 +344,7 @@ class ModelRunner:
             if greedy is None:  # every rank finds the same, for less than gathering all logits takes
                 greedy = lm_head.most_likely(logits[:num_samples])
                 end_step(greedy, staged.sample_rows[:num_samples], last_tokens)
-            step.tokens = self._tokens_to_host(greedy)
+            step.tokens = self._token_buffers.to_host(greedy)
             return
         rows = staged.sample_rows[:num_samples]
         all_logits = lm_head.gather(logits[:num_samples])
@@ -398,20 +356,14 @@ class ModelRunner:
             all_logits, step.work, rows, staged.sample_positions[:num_samples]
         )
         self.comm.broadcast(tokens)
-        step.tokens = self._tokens_to_host(tokens)
+        step.tokens = self._token_buffers.to_host(tokens)
         if sampled_logprobs is not None:
-            step.sampled_logprobs = SampledLogprobs(
-                self._to_host(sampled_logprobs.chosen),
-                self._to_host(sampled_logprobs.top_values),
-                self._to_host(sampled_logprobs.top_ids),
-                None if sampled_logprobs.ids_values is None else self._to_host(sampled_logprobs.ids_values),
-            )
+            step.sampled_logprobs = sampled_logprobs.to_host()
 
     def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step up to its most likely tokens, which become the next step's input: this is what graphs hold."""
         if staged.feature_rows is not None:
-            assert self._feature_rows is not None
-            staged.batch.features = FeatureRows(staged.feature_rows, self._feature_rows[0], self._feature_rows[1:])
+            staged.batch.features = self.features.in_graph(staged.feature_rows)
         hidden = self.forward(staged.batch)
         is_decode = staged.batch.num_decodes == len(hidden)
         logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
@@ -438,86 +390,3 @@ class ModelRunner:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun
         return self.model(batch, self.kv, lambda block, h: splitter.run_block(block, h, batch, split))
-
-    def _features(self, plan: Plan, tokens: torch.Tensor) -> Features:
-        """Return what `tokens` get of pictures. Rank 0 has it, and sends it to the others."""
-        config = self.model.config
-        if self.comm.rank == 0:
-            rows = self._rows_of(plan)
-        else:
-            num_layers = 1 + self.model.num_deep_layers
-            rows = torch.empty(num_layers, len(tokens), config.hidden_size, dtype=config.dtype, device=self.device)
-        self.comm.broadcast(rows)
-        return Features(tokens.long(), rows[0], rows[1:])
-
-    def _rows_of(self, plan: Plan) -> torch.Tensor:
-        """Return the features that tokens of `plan` get, [1 + L, F, hidden]."""
-        for part in plan.features:
-            if self.stream is not None:  # it was allocated for another
-                part.features.record_stream(self.stream)
-        return torch.cat([part.features[:, part.first : part.last] for part in plan.features], dim=1)
-
-    def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
-        work = []
-        for b, state, start in plan.prompt_logprobs:
-            stop = min(int(plan.seq_lens[b]), state.prompt_len - 1)
-            assert state.prompt_ids is not None
-            target_ids = state.prompt_ids[start + 1 : stop + 1].astype(np.int64)
-            work.append(PromptLogprobWork(state, start, int(plan.q_lens[:b].sum()), target_ids))
-        return work
-
-    def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> list[PromptLogprobs]:
-        """One, or none on a rank that only computes."""
-        state = work.state
-        wanted_ids = [] if state is None else state.token_ids_logprob
-        ids = torch.tensor(wanted_ids, dtype=torch.int64, device=self.device)
-        parts = []
-        for first in range(0, len(work.target_ids), PROMPT_LOGPROB_ROWS):
-            targets = torch.from_numpy(work.target_ids[first : first + PROMPT_LOGPROB_ROWS]).to(self.device)
-            start = work.first_token + first
-            logits = self.model.lm_head.gather(self.model.compute_logits(hidden[start : start + len(targets)]))
-            if logits is None:
-                continue
-            assert state is not None
-            wanted = ids.expand(len(targets), -1) if len(ids) else None
-            parts.append(logprobs(logits, targets, state.top_logprobs_num, wanted))
-        if state is None:
-            return []
-        chosen, top_values, top_ids = (
-            self._to_host(torch.cat(column)) for column in zip(*(part[:3] for part in parts), strict=True)
-        )
-        parts_of_ids = [part[3] for part in parts if part[3] is not None]
-        ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
-        return [PromptLogprobs(state, work.start, chosen, top_values, top_ids, ids_values)]
-
-    def _tokens_to_host(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Copy `tokens` into a buffer that is written again NUM_STAGING_BUFFERS launches later."""
-        if not self._is_cuda:
-            return tokens
-        num_tokens = len(tokens)
-        if (parts := self._token_parts.get(num_tokens)) is None:
-            parts = self._token_parts[num_tokens] = [buffer[:num_tokens] for buffer in self._token_buffers]
-        self._token_turn = (self._token_turn + 1) % NUM_STAGING_BUFFERS
-        return parts[self._token_turn].copy_(tokens, non_blocking=True)
-
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._is_cuda:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-
-
-def logprobs_of(values: PromptLogprobs, first: int, token_ids: Sequence[int], state: RequestState) -> Logprobs:
-    """Return the entries of `values` from `first` on, those of `token_ids`, as the request wants them.
-
-    That is: with its own number of top tokens, and its own wanted ids.
-    """
-    rows = slice(first, first + len(token_ids))
-    result = Logprobs(token=list(zip(values.chosen[rows].tolist(), token_ids, strict=True)))
-    if k := state.top_logprobs_num:
-        top = zip(values.top_values[rows, :k].tolist(), values.top_ids[rows, :k].tolist(), strict=True)
-        result.top = [list(zip(*row, strict=True)) for row in top]
-    if (wanted := state.token_ids_logprob) and values.ids_values is not None:
-        of_ids = values.ids_values[rows, : len(wanted)].tolist()
-        result.token_ids = [list(zip(row, wanted, strict=True)) for row in of_ids]
-    return result

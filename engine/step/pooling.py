@@ -7,6 +7,7 @@ import torch
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.state import RequestState
+from engine.step.host_copies import to_host
 
 LAST, MEAN = "last", "mean"
 
@@ -27,13 +28,10 @@ class PooledChunks:
                 state.embedding += value
 
 
-def pool(
-    model: CausalLM, hidden: torch.Tensor, plan: Plan
-) -> tuple[list[tuple[RequestState, int]], torch.Tensor | None]:
-    """Pool the step's hidden states [T, hidden] for `plan.pooled`.
+def pool(model: CausalLM, hidden: torch.Tensor, plan: Plan) -> PooledChunks | None:
+    """Pool the step's hidden states [T, hidden] for `plan.pooled`. None: no chunk of it adds anything.
 
-    Returns (parts, values) of `PooledChunks`, still on the device; values are None without parts. The last token's
-    state comes with the last chunk; a mean is the sum of its chunks' shares.
+    The last token's state comes with the last chunk; a mean is the sum of its chunks' shares.
     """
     parts, pooled = [], []
     for b, state, start in plan.pooled:
@@ -46,4 +44,4 @@ def pool(
         else:
             continue
         parts.append((state, start))
-    return parts, model.pool(torch.stack(pooled)) if pooled else None
+    return PooledChunks(parts, to_host(model.pool(torch.stack(pooled)))) if pooled else None

@@ -13,6 +13,7 @@ from engine.request import TOP_K_ALL
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
 from engine.step.logit_edits import LogitEditor, LogitEdits
+from engine.step.logprobs import TokenLogprobs
 from kernels import sampling
 from kernels.bookkeeping import end_step
 from kernels.launch import cdiv
@@ -49,16 +50,6 @@ class SamplingWork:
             and self.logprob_samples is None
             and self.masks is None
         )
-
-
-@dataclass(slots=True)
-class SampledLogprobs:
-    """Hold what SamplingWork.logprob_samples asked for: host tensors, valid once the step is done."""
-
-    chosen: torch.Tensor  # float32 [N]
-    top_values: torch.Tensor  # float32 [N, K]
-    top_ids: torch.Tensor  # [N, K]
-    ids_values: torch.Tensor | None  # float32 [N, M]
 
 
 class Sampler:
@@ -140,7 +131,7 @@ class Sampler:
 
     def sample(
         self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, SampledLogprobs | None]:
+    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
         """Return the next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may change.
 
         rows, positions: int32 [S], whose token it is and where in its sequence it will stand. Log-probabilities are
@@ -199,12 +190,11 @@ class Sampler:
             self._counts[row] = torch.from_numpy(counts).to(self.device)
         sampling.apply_penalties(logits, rows, self._counts, *self._floats[3:])
 
-    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, work: SamplingWork) -> SampledLogprobs:
+    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, work: SamplingWork) -> TokenLogprobs:
         assert work.logprob_samples is not None
         chosen_ids = tokens[self._to_device(work.logprob_samples)].clamp(min=0)
         ids = None if work.logprob_ids is None else self._to_device(work.logprob_ids)
-        chosen, top_values, top_ids, ids_values = sampling.logprobs(raw, chosen_ids, work.num_top_logprobs, ids)
-        return SampledLogprobs(chosen, top_values, top_ids, ids_values)
+        return TokenLogprobs(*sampling.logprobs(raw, chosen_ids, work.num_top_logprobs, ids))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
