@@ -117,6 +117,7 @@ class LocalMaintenance(Maintenance):
                 await self._do_everywhere("adopt")
                 if self.encoder is not None and tower is not None:
                     await self.encoder.adopt(tower)
+                    scheduler.forget_features()
                 self.num_updates += 1
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version

@@ -1,5 +1,7 @@
 """Features of pictures without a tower: who waits for whom, within which memory; and the ids and places of pictures."""
 
+import asyncio
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -222,6 +224,29 @@ async def test_features_of_another_tower_are_found_no_more_though_a_request_hold
     d.see()
     d.finish()
     assert d.tower.seen == [[1], [1], [2]]
+
+
+async def test_who_waits_while_the_tower_changes_gets_features_of_the_new_one_alone(desk: Callable[..., Desk]) -> None:
+    d = desk(max_pictures=8)
+    ready = d.submit(9)
+    d.see()
+    half_way = d.submit(1, 2, 3, tail=6)
+    d.turn()
+    adopting = asyncio.create_task(d.encoder.adopt(FakeTower()))
+    await asyncio.sleep(0)  # behind the first two, before the third
+    d.see()
+    d.tower.may_go.release(3)
+    await adopting
+    d.traffic.scheduler.forget_features()
+    assert ready.spans is not None and ready.spans.missing(0) == [0]
+    while d.traffic.scheduler.has_work:
+        if d.traffic.scheduler.parked:
+            assert d.came.acquire(timeout=60)
+            d.turn()
+        d.finish()
+    assert [state.status for state in (ready, half_way)] == [Status.FINISHED] * 2
+    assert sorted(itertools.chain(*d.tower.seen[:2])) == [1, 2, 9]
+    assert sorted(itertools.chain(*d.tower.seen[2:])) == [1, 2, 3, 9]
 
 
 async def test_a_released_tower_sees_nothing_and_serves_who_waited_when_it_is_back(desk: Callable[..., Desk]) -> None:

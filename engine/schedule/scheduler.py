@@ -163,6 +163,12 @@ class Scheduler:
         for state in reversed(self.running()):  # the oldest ends up first
             self._retract(state)
 
+    def forget_features(self) -> None:
+        """Have all that waits fetch the features of its pictures anew: what makes them has changed."""
+        for state in self.waiting:
+            if state.spans is not None:
+                state.spans.forget()
+
     def running(self) -> list[RequestState]:
         return [state for row in self.held.nodes if (state := self.rows.states[row]) is not None]
 

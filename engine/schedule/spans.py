@@ -75,6 +75,10 @@ class Spans:
             if places[-1] < stop:
                 self.features[i] = None
 
+    def forget(self) -> None:
+        """Drop the features of all pictures."""
+        self.features = [None] * len(self.ids)
+
     def positions(self, start: int, stop: int) -> np.ndarray:
         """Return the positions of tokens [start, stop), int64 [3, stop - start]."""
         positions = np.broadcast_to(np.arange(start, stop) + self.rope_delta, (3, stop - start)).copy()

@@ -104,15 +104,18 @@ class Encoder:
         return False
 
     async def adopt(self, other: Sees) -> None:
-        """Have the tower take over another's weights, between two of its calls; none of what it made is used again.
+        """Have the tower take over another's weights, between two of its calls; none of what it made is found again.
 
-        Requests whose steps have begun to read features go on with those that they hold.
+        Requests go on with features that they hold (see `Scheduler.forget_features`); who waits for some waits anew.
         """
         await asyncio.wrap_future(self._thread.submit(self._tower.adopt, other))
         self._kept.clear()
         for key, features in list(self._alive.items()):  # counted for as long as it is held, but never found
             del self._alive[key]
             self._alive[key + b"before"] = features
+        self._queue.extendleft((job.state, job.missing) for job in reversed(self._jobs))
+        self._jobs.clear()
+        self._start_jobs()
 
     async def release(self) -> None:
         """Move the tower to host memory and drop what it made. Who needs features waits until `resume`."""
