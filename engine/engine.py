@@ -273,6 +273,12 @@ class Engine(ABC):
         return {} if self.media_reader is None else self.media_reader.kinds
 
     @property
+    def media_marks(self) -> tuple[str, ...]:
+        """Return the texts that stand for pictures, or for parts of them, wherever they are in a prompt."""
+        features = () if self.media_reader is None else self.media_reader.family.feature_texts()
+        return tuple(dict.fromkeys([*self.media_kinds.values(), *features]))
+
+    @property
     def video_frames(self) -> Mapping[str, int]:
         """Return how many frames of a video the model was made for, as `fps` and `max_frames`; {}: any number."""
         return {} if self.media_reader is None else self.media_reader.frames
@@ -297,11 +303,13 @@ class Engine(ABC):
         """Return the token ids of `prompt`, a text or token ids, and what goes into its request as `media`.
 
         prompt: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
-        `count_media_tokens` says. `InvalidRequest` if the numbers differ.
+        `count_media_tokens` says. A `CUT` in a text is left out of it. `InvalidRequest` if the numbers differ.
         """
         if self.media_reader is not None:
             encode = self.media_reader.encode
-            return await asyncio.to_thread(encode, prompt, media, add_special_tokens=add_special_tokens)
+            return await asyncio.to_thread(
+                encode, prompt, media, add_special_tokens=add_special_tokens, context_length=self.context_length
+            )
         self.count_media_tokens([one.size for one in media])
         if isinstance(prompt, str):
             ids = await self.encode(prompt, add_special_tokens=add_special_tokens)

@@ -1,13 +1,16 @@
 """Pictures and videos of a request: as a client's bytes decode, and as a prompt holds them."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 Kind = Literal["image", "video"]
+# In a prompt's text, where it stands in what would else be a placeholder: that was written about, and shows nothing.
+# Unicode has it for a program's own use, so texts of clients have none.
+CUT = "\ufdd0"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +122,20 @@ class PromptMedia:
             self.is_whole or other.is_whole,
             rope,
         )
+
+
+def with_marks_cut(value: Any, marks: Sequence[str]) -> Any:
+    """Return a JSON value in whose texts each of `marks` has a `CUT` behind its first character."""
+    if isinstance(value, str):
+        for mark in marks:
+            if mark in value:
+                value = value.replace(mark, f"{mark[0]}{CUT}{mark[1:]}")
+        return value
+    if isinstance(value, list):
+        return [with_marks_cut(one, marks) for one in value]
+    if isinstance(value, dict):
+        return {name: with_marks_cut(one, marks) for name, one in value.items()}
+    return value
 
 
 def no_media(prompt_len: int) -> PromptMedia:

@@ -154,6 +154,37 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
+@pytest.mark.parametrize("name", ["folder", "qwen"])
+async def test_placeholders_that_somebody_wrote_about_are_text_and_show_nothing(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    written = "the <image> and <video> of a file"
+    function = {"name": "read", "arguments": json.dumps({"text": written})}
+    call = {
+        "role": "assistant",
+        "content": written,
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+    result = {"role": "tool", "tool_call_id": "1", "content": written}
+    parameters = {"type": "object", "properties": {"text": {"type": "string", "description": written}}}
+    tool = {"type": "function", "function": {"name": "read", "description": written, "parameters": parameters}}
+    text, image = {"type": "text", "text": written}, {"type": "image_url", "image_url": {"url": f"data:;base64,{ONE}"}}
+    async with running_engine(request.getfixturevalue(name)) as engine, serving(engine) as client:
+        for parts, num_pictures in (([text], 0), ([text, image, text], 1), ([image, text, image], 2)):
+            turns = [{"role": "system", "content": written}, {"role": "user", "content": parts}, call, result]
+            body = {**GREEDY, "messages": [*turns, {"role": "user", "content": "<image>?"}], "tools": [tool]}
+            rendered = await post(client, "/v1/chat/completions/render", **body)
+            prompt, ids = rendered["prompt"], rendered["prompt_token_ids"]
+            assert prompt.count("<image>") == prompt.count("<video>") + 1 + num_pictures > num_pictures + 5
+            assert (await post(client, "/tokenize", **body))["prompt"] == prompt
+            [num_features] = engine.count_media_tokens([picture(40, 60).size])
+            assert ids.count(IMAGE) == num_pictures * num_features
+            if not num_pictures:
+                assert engine.tokenizer.decode(ids, skip_special_tokens=False) == prompt
+            usage = (await post(client, "/v1/chat/completions", **body))["usage"]
+            assert usage["prompt_tokens"] == len(ids)
+
+
 async def test_token_ids_may_show_pictures_where_no_text_is_read(qwen: Path) -> None:
     ids = [5, VISION_START, IMAGE, VISION_END, 6]
     body = {"input_ids": ids, "image_data": ONE, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}

@@ -14,7 +14,7 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError, shown
-from engine.media import Media, MediaSize, PromptMedia, Video
+from engine.media import CUT, Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
 from engine.models.architectures import FLAT_LLAVA, KIMI, KIMI_VIDEOS
 from engine.vision.families import FAMILIES
@@ -65,6 +65,7 @@ class MediaReader:
         self._texts = {token_id: family.token_text[role] for role, token_id in token_ids.items()}
         self._texts |= {id_: text for id_, text in zip(place_ids, self.kinds.values(), strict=False) if id_ is not None}
         self._absent = {family.token_text[kind]: token_ids[kind] for kind in self.kinds if token_ids[kind] < 0}
+        self._no_text = re.compile(f"({'|'.join([CUT, *map(re.escape, self._absent)])})")
         self._placeholders = re.compile("|".join(f"(?P<{kind}>{family.pattern(kind)})" for kind in self.kinds))
         self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
         self._write = functools.lru_cache(MAX_WRITINGS)(self._write_size)
@@ -103,11 +104,16 @@ class MediaReader:
         return sum(len(self._encode(piece, add_special_tokens=False)) for piece in pieces if piece)
 
     def encode(
-        self, prompt: str | Sequence[int], media: Sequence[Media], *, add_special_tokens: bool = False
+        self,
+        prompt: str | Sequence[int],
+        media: Sequence[Media],
+        *,
+        add_special_tokens: bool = False,
+        context_length: int | None = None,
     ) -> tuple[list[int], PromptMedia]:
         """Return the token ids of a prompt with its pictures written out, and where they are: `Engine.encode_media`.
 
-        Blocks for as long as a long text takes.
+        Blocks for as long as a long text takes. context_length: see `Tokenizer.encode`.
         """
         media = self.family.in_context(media)
         writings = [self.write(one.size, one.times_s if isinstance(one, Video) else ()) for one in media]
@@ -115,7 +121,7 @@ class MediaReader:
             self._check([match.lastgroup or "" for match in self._placeholders.finditer(prompt)], media)
             texts = iter([writing.text for writing in writings])
             written = self._placeholders.sub(lambda _: next(texts), prompt)
-            ids = self._encode_written(written, add_special_tokens)
+            ids = self._encode_written(written, add_special_tokens, context_length)
         else:
             ids = self._write_out(list(prompt), media, writings)
         found = np.flatnonzero(np.isin(ids, self._tokens)).astype(np.int32)
@@ -154,18 +160,22 @@ class MediaReader:
         written, end = list[int](), 0
         for match, writing in zip(matches, writings, strict=True):
             first, stop = np.searchsorted(starts, match.span()).tolist()
-            written += ids[end:first] + self._encode_written(writing.text, add_special_tokens=False)
+            written += ids[end:first] + self._encode_written(writing.text)
             end = stop
         return written + ids[end:]
 
-    def _encode_written(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode_written(
+        self, text: str, add_special_tokens: bool = False, context_length: int | None = None
+    ) -> list[int]:
         """Return the token ids of a prompt. A placeholder that the tokenizer does not know stays a negative id."""
-        if not self._absent:
-            return self._encode(text, add_special_tokens=add_special_tokens)
-        first, *pieces = re.split(f"({'|'.join(map(re.escape, self._absent))})", text)
-        ids = self._encode(first, add_special_tokens=add_special_tokens)
-        for piece in filter(None, pieces):
-            ids += [self._absent[piece]] if piece in self._absent else self._encode(piece, add_special_tokens=False)
+        encode = functools.partial(self._encode, context_length=context_length)
+        first, *others = self._no_text.split(text)
+        ids = encode(first, add_special_tokens=add_special_tokens)
+        for piece in others:
+            if piece in self._absent:
+                ids.append(self._absent[piece])
+            elif piece and piece != CUT:
+                ids += encode(piece, add_special_tokens=False)
         return ids
 
     def _check(self, kinds: Sequence[str], media: Sequence[Media]) -> None:

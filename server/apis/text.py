@@ -65,7 +65,7 @@ class TextApi:
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.messages:
             prompt = await self.chats.rendered(body, http_request)
-            answer["prompt"] = prompt.text
+            answer["prompt"] = prompt.shown
             tokens: Any
             tokens, _ = await self.chats.encode(prompt, is_prompt=False)
         else:

@@ -12,7 +12,7 @@ from aiohttp import web
 from engine.declared import convert
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import InvalidRequest
-from engine.media import PromptMedia
+from engine.media import CUT, PromptMedia, with_marks_cut
 from engine.request import SamplingParams
 from server.config import ServerConfig
 from server.http.live import Options
@@ -116,6 +116,11 @@ class ChatPrompt:
     text: str
     media: Sequence[MediaPart] = ()  # in the order of the messages
 
+    @property
+    def shown(self) -> str:
+        """Return the text as people read it."""
+        return self.text.replace(CUT, "")
+
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
@@ -165,6 +170,7 @@ class Chats:
         self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
         self._try = partial(engine.tokenizer.render_chat, chat_template=self.template)
         self.traits = find_traits(self._try)
+        self._marks = engine.media_marks
         self.media_roles = find_media_roles(self._try, engine.media_kinds, self.traits)
         if config.tool_call_parser is None and self.tool_call_parser is None and not self.traits.shows_tools:
             self.tool_call_parser = PLAINEST_TOOL_FORMAT
@@ -185,18 +191,18 @@ class Chats:
     async def turn(self, body: ChatRequest, caller: Owner) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong. caller: owns the files it names."""
         choice = read_tool_choice(body)
-        chat_prompt = await self.rendered(body, caller, choice)
-        prompt = chat_prompt.text
-        reasoning = self._reasoning(body, prompt)
+        prompt = await self.rendered(body, caller, choice)
+        reasoning = self._reasoning(body, prompt.text)
         if reasoning is not None and not reasoning.is_inside and body.max_thinking_tokens is not None:
             if body.input_ids is not None:
                 raise InvalidRequest("max_thinking_tokens may not change a prompt of input_ids", "max_thinking_tokens")
-            prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
+            # A budget can be kept only where the reasoning is sure to come.
+            prompt = replace(prompt, text=f"{prompt.text}{reasoning.format.start}\n")
             reasoning = replace(reasoning, is_inside=True)
         tool_format = self._tool_format(choice)
         params, names = self._sampling_params(body, choice, tool_format, reasoning)
         options = await self._options(body, reasoning)
-        input_ids, options.media = await self._input_ids(body, replace(chat_prompt, text=prompt))
+        input_ids, options.media = await self._input_ids(body, prompt)
 
         is_separate = body.separate_reasoning
         streams_reasoning = body.stream_reasoning
@@ -204,7 +210,7 @@ class Chats:
         is_separate = is_separate or not includes_reasoning  # what is left out has to be found
         # Where the text has marks of its own, they are taken off even if reasoning stays in it.
         if tool_format is None and (reasoning is None or not (is_separate or reasoning.format.opening)):
-            return ChatTurn(prompt, input_ids, params, options, None, names=names)
+            return ChatTurn(prompt.shown, input_ids, params, options, None, names=names)
 
         def new_parser() -> AnswerParser:
             return AnswerParser(
@@ -219,7 +225,7 @@ class Chats:
         if any([await self._is_hidden(mark) for mark in marks]):
             params = replace(params, skip_special_tokens=False)
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
-        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names, choice.custom)
+        return ChatTurn(prompt.shown, input_ids, params, options, new_parser, end_ids, names, choice.custom)
 
     async def _input_ids(self, body: ChatRequest, prompt: ChatPrompt) -> tuple[list[int], PromptMedia | None]:
         """Return the body's token ids (SGLang's field), else those of `prompt`, and what it shows.
@@ -240,7 +246,7 @@ class Chats:
         self, prompt: ChatPrompt, add_special_tokens: bool = False, *, is_prompt: bool = True
     ) -> tuple[list[int], PromptMedia | None]:
         """Return the token ids of a prompt, and its pictures and videos, which are read for it."""
-        if not prompt.media:
+        if not prompt.media and CUT not in prompt.text:
             return await self.engine.encode(prompt.text, add_special_tokens, is_prompt=is_prompt), None
         return await self.media.encode(prompt.text, prompt.media, "messages", add_special_tokens)
 
@@ -269,6 +275,8 @@ class Chats:
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
         tools = (choice or read_tool_choice(body)).shown
         variables = _template_variables(body)
+        if self._marks:  # those that stand for the request's pictures are the template's
+            messages, tools, variables = with_marks_cut([messages, tools, variables], self._marks)
         adds_prompt = not continues if body.add_generation_prompt is None else body.add_generation_prompt
 
         def render(messages: list[JSON]) -> str:
