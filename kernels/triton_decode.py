@@ -480,7 +480,7 @@ def _decode_kernel(
                     tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
         work += num_taken
     if PDL:  # noqa: SIM102
-        if is_beside != 0:
+        if (is_beside != 0) | (total == 0):  # in a graph all may be padding, for which nobody has waited
             tl.extra.cuda.gdc_wait()  # so that who waits for this kernel has waited for the one ahead
 
 

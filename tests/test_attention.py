@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import bench.attention
 from bench.attention import Batch
 from kernels import attention as torch_attention
-from kernels import flashinfer_attention, one_token
+from kernels import flashinfer_attention, one_token, triton_elementwise
 from kernels.attention import (
     ONE_KERNEL_TOKENS,
     attention,
@@ -348,6 +348,24 @@ def test_many_requests_may_be_of_any_length_and_padding_among_them(num_programs:
     is_request = batch.seq_lens.cpu() > 0
     check(out[is_request], naive(q, k, v, batch, 0.3, window, 0.0)[is_request], q.dtype)
     assert out[padding].isnan().all(), "padding is left as it is"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what a kernel waits for is counted where it is interpreted")
+@pytest.mark.parametrize("lens", [[0, 0, 0], [0, 5, 0], [40, 70, 3]])
+def test_who_waits_for_single_tokens_attention_has_waited_for_the_kernel_ahead_of_it(
+    lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.language as tl  # here: its own functions are decorated, too
+
+    waits: list[int] = []
+    monkeypatch.setattr(triton_elementwise, "has_dependent_launch", lambda device: True)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: waits.append(1))
+    batch = make_batch([(1, max(length, 1)) for length in lens])
+    batch.seq_lens[:] = torch.tensor(lens)  # 0: padding, of which a graph's step may have nothing else
+    q, k, v = make_inputs(batch)
+    decode(q, k, v, batch, torch.empty_like(q), scale=0.3, num_programs=5)
+    assert waits
 
 
 def make_products(
