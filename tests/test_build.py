@@ -3,9 +3,9 @@
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +14,15 @@ from engine.build import build, describe_backends, load_model_files, resolve_con
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.sizes import CUDA_MAX_STEP_MS
+from engine.step.batch import Stager
+from engine.step.model_runner import _new_stream
 from engine.step.warmup import _run_prompts
 from engine.text.tokenizer import Tokenizer
 from kernels import flashinfer_attention, hopper
 from kernels.attention import choose_backend
 from tests.cards import CARDS
-from tests.test_engine import running_engine
+from tests.test_engine import NUM_NEW_TOKENS, collect, make_state, running_engine
+from tests.test_mla import FAMILIES as LATENT
 
 CUDA = torch.device("cuda", 0)
 
@@ -208,3 +211,34 @@ async def test_steps_of_a_warm_up_leave_no_slots_behind_which_a_smaller_pool_lac
         _run_prompts(runner, [24], num_samples=1)
         assert runner.kv[0].k[24].any(), "the step was meant to write to slot 24"
         assert not runner.stager.slot_table.any(), "a context of padding would be read from there"
+
+
+def test_steps_begin_when_what_was_enqueued_before_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, priority: int) -> None:
+            self.waits_for: list[str] = []
+
+        def wait_stream(self, other: str) -> None:
+            self.waits_for.append(other)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "that of the tables' zeros")
+    assert cast(Any, _new_stream()).waits_for == ["that of the tables' zeros"]
+
+
+@pytest.mark.gpu
+async def test_a_start_waits_for_its_tables_however_late_they_are_made(
+    make_tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def late(*arguments: Any) -> Stager:
+        torch.cuda._sleep(1 << 30)  # half a second
+        return Stager(*arguments)
+
+    monkeypatch.setattr("engine.build.Stager", late)
+    name, sizes = LATENT["deepseek v3"]  # whose prompts' steps read lengths and slots at once
+    folder = make_tiny_model(getattr(transformers, name), "late", random_norms=True, **sizes)
+    async with running_engine(folder, device="cuda") as engine:
+        _, tokens = await collect(engine, make_state([5, 6, 7]))
+        assert len(tokens) == NUM_NEW_TOKENS

@@ -125,7 +125,7 @@ class ModelRunner:
         self._token_buffers = TokenBuffers(stager.max_requests, self.device)
         self.compile_steps()
         if self._is_cuda:
-            self.stream = torch.cuda.Stream(priority=-1)  # steps come before a tower of pictures
+            self.stream = _new_stream()
             # In turns, since to make them anew would take a third of a launch's time.
             self._event_pairs = itertools.cycle(
                 [
@@ -390,3 +390,13 @@ class ModelRunner:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun
         return self.model(batch, self.kv, lambda block, h: splitter.run_block(block, h, batch, split))
+
+
+def _new_stream() -> torch.cuda.Stream:
+    """Return a stream for steps, which come before a tower of pictures.
+
+    It begins when what was enqueued before is done: the zeros of tables and buffers are another stream's work.
+    """
+    stream = torch.cuda.Stream(priority=-1)
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
