@@ -205,12 +205,10 @@ async def test_64_streams_of_which_half_are_cancelled_leave_nothing_behind(serve
 # ---- the model's answers ----
 
 PROMPTS = [
-    "The capital of France is", "Once upon a time", "def add(a, b):", "Water boils at", "The three primary colors are",
-    "1, 1, 2, 3, 5, 8,", "In 1969, astronauts", "My favourite food is", "To be or not to be,", "The opposite of hot is",
-    "A haiku about rain:", "Dear Sir or Madam,", "SELECT name FROM", "The largest planet is", "Roses are red,",
-    "Photosynthesis is", "Machine learning is", "Knock knock.", "Grüße aus Köln,", "The speed of light is",
+    "The capital of France is", "Once upon a time", "def add(a, b):", "1, 1, 2, 3, 5, 8,", "SELECT name FROM",
+    "Dear Sir or Madam,", "Knock knock.", "Grüße aus Köln,",
 ]  # fmt: skip
-NUM_NEW_TOKENS = 16
+NUM_NEW_TOKENS = 12
 
 
 async def test_greedy_text_equals_transformers_own(server: Server) -> None:
@@ -340,10 +338,9 @@ def test_a_client_that_goes_frees_its_slots(server: Server) -> None:
     server.until_idle()  # minutes before 4000 tokens are made
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_drains_what_runs_and_then_exits_with_0(number: signal.Signals) -> None:
+def test_a_signal_drains_what_runs_and_then_exits_with_0() -> None:
     with running_server("--dtype", "bfloat16", "--skip-server-warmup") as server, open_stream(server, 24) as response:
-        server.process.send_signal(number)
+        server.process.send_signal(signal.SIGTERM)  # an idle server has SIGINT: see `running_server`
         *_, last, done = (line for line in response.read().split(b"\n\n") if line)
         assert done == b"data: [DONE]"
         meta = json.loads(last.removeprefix(b"data: "))["meta_info"]
@@ -355,9 +352,8 @@ def test_a_signal_drains_what_runs_and_then_exits_with_0(number: signal.Signals)
 
 @pytest.mark.parametrize(("argument", "text"), [("--help", "--model-path"), ("models", "Gemma 3 270M and 1B")])
 def test_the_console_script_helps_without_loading_torch(argument: str, text: str) -> None:
-    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["radixloop"].split(
-        ":"
-    )
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["radixloop"].split(":")
     script = f"""
 import contextlib, sys
 from {module} import {function}
