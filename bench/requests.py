@@ -32,7 +32,7 @@ from server.reading.tool_choice import read_tool_choice
 
 VOCAB_SIZE = 128_256
 NAMES = ("max_completion_tokens", "max_tokens")
-ENGINE: Any = SimpleNamespace(sampling_defaults={}, model_config=SimpleNamespace(vocab_size=VOCAB_SIZE))
+ENGINE: Any = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB_SIZE, sampling_defaults={}))
 SMALL: dict[str, Any] = {
     "model": "default",
     "messages": [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": "Hi there"}],

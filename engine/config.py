@@ -4,7 +4,6 @@ The command line and its help are made from it; the README's table of flags is t
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -199,10 +198,6 @@ class EngineConfig:
     @property
     def ranks_per_node(self) -> int:
         return self.tp_size // self.nnodes
-
-    def choose_sampling_defaults(self, of_model: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults of sampling fields: `of_model`, from generation_config.json, or none."""
-        return dict(of_model) if self.sampling_defaults == "model" else {}
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return dataclasses.replace(self, **changes)

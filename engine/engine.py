@@ -52,6 +52,10 @@ class ModelInfo(Protocol):
     def is_classifier(self) -> bool: ...
     @property
     def labels(self) -> Sequence[str]: ...
+    @property
+    def embedding_size(self) -> int: ...  # length of the vector that a prompt becomes
+    @property
+    def sampling_defaults(self) -> dict[str, Any]: ...  # of generation_config.json, unless --sampling-defaults forbids
 
 
 class TokenizerFacade(Protocol):
@@ -246,16 +250,6 @@ class Engine(ABC):
     @abstractmethod
     def is_generation(self) -> bool:
         """Return whether prompts are answered, and not only turned into vectors."""
-
-    @property
-    @abstractmethod
-    def embedding_size(self) -> int:
-        """Length of the vector that a prompt becomes."""
-
-    @property
-    @abstractmethod
-    def sampling_defaults(self) -> dict[str, Any]:
-        """Sampling fields that the model's generation_config.json sets, unless the configuration says otherwise."""
 
     # ---- pictures and videos ----
 

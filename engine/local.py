@@ -27,7 +27,7 @@ from engine.state import FinishReason, RequestState, Status
 from engine.step.memory import OUT_OF_MEMORY, describe_lack_of_memory
 from engine.text.tokenizer import Tokenizer
 from engine.time_limits import TimeLimits
-from engine.verify import RequestLimits
+from engine.verify import RequestLimits, limits_of
 from engine.views import BranchView, RequestView
 from engine.vision.encoder import Encoder
 from engine.vision.reader import MediaReader
@@ -71,15 +71,7 @@ class LocalEngine(Engine):
         config = self.config = parts.config
         scheduler, requests = parts.scheduler, self._requests
         context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
-        is_generation = parts.model_config.is_generation and not config.is_embedding
-        limits = RequestLimits(
-            parts.model_config.vocab_size,
-            context_length,
-            is_generation,
-            returns_hidden_states=config.enable_return_hidden_states,
-            makes_text=not config.skip_tokenizer_init,
-            reads_media=parts.reader is not None,
-        )
+        limits = limits_of(config, parts.model_config, context_length, reads_media=parts.reader is not None)
         intake = Intake(scheduler, parts.tokenizer, limits, requests)
         constraints = Constraints(parts.grammars, may_jump=not config.disable_jump_forward)
         output = OutputProcessor(scheduler, config.stream_interval, intake.end)
@@ -191,14 +183,6 @@ class LocalEngine(Engine):
     @property
     def is_generation(self) -> bool:
         return self.started.limits.is_generation
-
-    @property
-    def embedding_size(self) -> int:
-        return self.model_config.embedding_size
-
-    @property
-    def sampling_defaults(self) -> dict[str, Any]:
-        return self.config.choose_sampling_defaults(self.model_config.generation_defaults)
 
     # ---- pictures and videos ----
 

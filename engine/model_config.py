@@ -142,7 +142,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16  # of weights and activations
     context_length: int = 0  # longest prompt + answer in tokens
     eos_token_ids: tuple[int, ...] = ()
-    generation_defaults: dict[str, float] = field(default_factory=dict)  # sampling fields of generation_config.json
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)  # what requests get that do not say
     vision: str = ""  # what reads its pictures: a name of `engine.vision`; empty: it reads text alone
     pooling: str = "last"  # how a prompt becomes a vector: "last" or "mean"
 
@@ -286,9 +286,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     """Return `model` with what does not depend on its family: dtype, context length, end tokens, sampling defaults."""
     generation_file = folder / "generation_config.json"
     generation = checked(read_json(generation_file), generation_file)
-    generation_defaults = parse_generation_defaults(generation)
-    if config.sampling_defaults == "model":
-        verify_generation_defaults(generation_defaults, model.vocab_size, generation_file)
+    has_defaults = config.sampling_defaults == "model"
     context_length = resolve_context_length(config.context_length, model.rope)
     if model.is_language_half and not model.vision:
         logger.warning("%s: only the language model is run, images and sounds are not read", model.architectures[0])
@@ -300,7 +298,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
         # A window over the whole context is none.
         attention=tuple(replace(a, window=-1) if a.window >= context_length else a for a in model.attention),
         eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
-        generation_defaults=generation_defaults,
+        sampling_defaults=read_sampling_defaults(generation, model.vocab_size, generation_file) if has_defaults else {},
         pooling=config.pooling or parse_pooling(folder),
     )
 
@@ -428,19 +426,16 @@ def parse_pooling(folder: Path) -> str:
     return "mean" if read_json(folder / "1_Pooling" / "config.json").get("pooling_mode_mean_tokens") else "last"
 
 
-def parse_generation_defaults(generation: dict[str, Any]) -> dict[str, float]:
+def read_sampling_defaults(generation: dict[str, Any], vocab_size: int, file: Path) -> dict[str, Any]:
+    """Return the sampling fields of a generation_config.json. `ModelError` if no request could use them."""
     defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
     if defaults.get("top_k") == 0:  # Hugging Face's "off"
         defaults["top_k"] = -1
-    return defaults
-
-
-def verify_generation_defaults(defaults: dict[str, float], vocab_size: int, file: Path) -> None:
-    """`ModelError` if no request could use them."""
     try:
         SamplingParams.from_dict({}, defaults).verify(vocab_size)
     except InvalidRequest as error:
         raise ModelError(f"{file}: {error} (--sampling-defaults openai does without)") from None
+    return defaults
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

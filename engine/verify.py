@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.config import EngineConfig
 from engine.errors import EngineError, InvalidRequest, PromptTooLong
+from engine.model_config import ModelConfig
 from engine.request import Request
 from engine.state import RequestState
 from engine.step.pooling import LAST, MEAN
@@ -116,6 +118,18 @@ def _verify_stops(request: Request) -> None:
                 f"{name} needs the answer's text, and the server runs with --skip-tokenizer-init: use stop_token_ids",
                 name,
             )
+
+
+def limits_of(config: EngineConfig, model: ModelConfig, context_length: int, *, reads_media: bool) -> RequestLimits:
+    """Return the limits of an engine that serves `model`."""
+    return RequestLimits(
+        model.vocab_size,
+        context_length,
+        model.is_generation and not config.is_embedding,
+        returns_hidden_states=config.enable_return_hidden_states,
+        makes_text=not config.skip_tokenizer_init,
+        reads_media=reads_media,
+    )
 
 
 def _verify_grammar(state: RequestState) -> None:

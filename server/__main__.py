@@ -141,9 +141,7 @@ def check_paths(config: ServerConfig) -> None:
     if template is not None and names_missing_file(template):
         raise StartError(f"--chat-template {template}: no such file")
     folders = {"--crash-dump-folder": config.crash_dump_folder}
-    if (
-        config.file_storage_path != ServerConfig.file_storage_path
-    ):  # asked for; without the default one, most still works
+    if config.file_storage_path != ServerConfig.file_storage_path:  # without the default one, most still works
         folders["--file-storage-path"] = config.file_storage_path
     for flag, folder in folders.items():
         if not folder:

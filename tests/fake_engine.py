@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -85,6 +85,8 @@ class FakeModel:
     architectures: tuple[str, ...] = ("FakeForCausalLM",)
     pooling: str = "last"
     labels: tuple[str, ...] = ("bad", "good")
+    embedding_size: int = 4
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_classifier(self) -> bool:
@@ -180,10 +182,9 @@ class FakeEngine(Engine):
     """
 
     is_running, has_failed = True, False
-    is_generation, embedding_size, max_running_requests = True, 4, 8
+    is_generation, max_running_requests = True, 8
     context_length = max_total_num_tokens = 0
     model_config, tokenizer, maintenance = FakeModel(), FakeTokenizer(), FakeMaintenance()
-    sampling_defaults: dict[str, Any] = {}  # noqa: RUF012 - replaced, never written into
 
     def __init__(
         self,

@@ -380,7 +380,7 @@ def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama
     (tmp_path / "generation_config.json").write_text(generation)
     config = load_config(tmp_path)
     assert config.eos_token_ids == (1, 2)
-    assert config.generation_defaults == {"temperature": 0.6, "top_k": -1}
+    assert config.sampling_defaults == {"temperature": 0.6, "top_k": -1}
 
 
 def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_llama: Path, tmp_path: Path) -> None:

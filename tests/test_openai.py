@@ -78,7 +78,7 @@ async def test_chat_fields_reach_the_sampler_under_its_names(api: openai.AsyncOp
 
 
 async def test_the_models_own_sampling_defaults_hold_unless_a_client_says_otherwise(engine: FakeEngine) -> None:
-    engine.sampling_defaults = {"temperature": 0.6, "top_k": 20}
+    engine.model_config.sampling_defaults = {"temperature": 0.6, "top_k": 20}
     async with serving(engine) as client:
         await client.post("/v1/chat/completions", json={"messages": USER, "top_k": 5})
     params = engine.requests[0].sampling_params

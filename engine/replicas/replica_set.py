@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from cache.radix import Prefix
 from engine.config import EngineConfig
@@ -35,7 +34,7 @@ from engine.request_table import RequestTable
 from engine.schedule.spans import told_apart
 from engine.state import Delta, FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
-from engine.verify import RequestLimits
+from engine.verify import RequestLimits, limits_of
 from engine.views import BranchView, RequestView
 from engine.vision.reader import MediaReader
 
@@ -103,18 +102,11 @@ class ReplicaSet(Engine):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        is_generation = model_config.is_generation and not config.is_embedding
+        context_length = min(its.context_length for its in ready)
         self._started = Started(
             front_end,
             Constraints(front_end.grammars, may_jump=not config.disable_jump_forward),
-            RequestLimits(
-                model_config.vocab_size,
-                min(its.context_length for its in ready),
-                is_generation,
-                returns_hidden_states=config.enable_return_hidden_states,
-                makes_text=not config.skip_tokenizer_init,
-                reads_media=front_end.reader is not None,
-            ),
+            limits_of(config, model_config, context_length, reads_media=front_end.reader is not None),
             sum(its.max_total_num_tokens for its in ready),
             sum(its.config.max_running_requests or 0 for its in ready),
         )
@@ -182,14 +174,6 @@ class ReplicaSet(Engine):
     @property
     def is_generation(self) -> bool:
         return self.started.limits.is_generation
-
-    @property
-    def embedding_size(self) -> int:
-        return self.model_config.embedding_size
-
-    @property
-    def sampling_defaults(self) -> dict[str, Any]:
-        return self.config.choose_sampling_defaults(self.model_config.generation_defaults)
 
     # ---- pictures and videos ----
 

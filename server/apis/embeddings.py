@@ -131,7 +131,7 @@ class EmbeddingsApi:
     async def embed(self, owner: Owner, body: EmbeddingsRequest) -> web.StreamResponse:
         """Answer a body of /v1/embeddings."""
         model = served_model(self.config, body.model)
-        size = dimensions_of(body.dimensions, self.engine.embedding_size)
+        size = dimensions_of(body.dimensions, self.engine.model_config.embedding_size)
         if body.messages is None and not _has_shown(body.input):
             prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
             states = await self._run(owner, body, prompts)

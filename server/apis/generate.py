@@ -212,7 +212,7 @@ class GenerateApi:
         return rid, states
 
     def _params(self, given: JSON | None, num_prompts: int) -> SamplingParams:
-        params = SamplingParams.from_dict(given or {}, self.engine.sampling_defaults)
+        params = SamplingParams.from_dict(given or {}, self.engine.model_config.sampling_defaults)
         params.verify(self.engine.model_config.vocab_size)
         check_n(self.engine, params.n, num_prompts)
         return params

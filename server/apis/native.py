@@ -86,7 +86,7 @@ class NativeApi:
                 "tokenizer_path": self.config.tokenizer_path or self.config.model_path,
                 "served_model_name": self.config.model_name,
                 "is_generation": self.engine.is_generation,
-                "preferred_sampling_params": self.engine.sampling_defaults or None,
+                "preferred_sampling_params": self.engine.model_config.sampling_defaults or None,
                 "weight_version": self.engine.maintenance.weight_version,
                 "has_image_understanding": "image" in self.engine.media_kinds,
                 "has_audio_understanding": False,

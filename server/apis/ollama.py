@@ -214,7 +214,7 @@ class OllamaApi:
         return json_response(
             {
                 "modelfile": f"FROM {self.config.model_path}\n",
-                "parameters": "\n".join(f"{name} {value}" for name, value in self.engine.sampling_defaults.items()),
+                "parameters": "\n".join(f"{name} {value}" for name, value in model.sampling_defaults.items()),
                 "template": template if isinstance(template, str) else "",
                 "modified_at": self.started_at,
                 "details": self._details(),

@@ -41,7 +41,7 @@ class OllamaEmbeddings:
         begun = time.perf_counter_ns()
         body = await read_body(http_request, EmbedRequest)
         model = ollama_model(self.config, body.model or body.name)
-        size = dimensions_of(body.dimensions, self.engine.embedding_size)
+        size = dimensions_of(body.dimensions, self.engine.model_config.embedding_size)
         prompts = await self._prompts(body)
         vectors = await self.embeddings.vectors(http_request, body, prompts)
         return json_response(

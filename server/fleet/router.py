@@ -222,10 +222,8 @@ class Router:
         self, worker: Worker, request: web.Request, body: bytes | aiohttp.StreamReader
     ) -> "aiohttp.client._RequestContextManager":
         headers = end_to_end(request.headers, OF_PAGES)
-        if (
-            request.method == hdrs.METH_HEAD
-        ):  # its body means nothing, and a worker that cannot read it answers with one
-            body = b""
+        if request.method == hdrs.METH_HEAD:
+            body = b""  # it means nothing, and a worker that cannot read it answers with one
             headers.popall(hdrs.CONTENT_ENCODING, None)
         if isinstance(body, bytes):
             headers.popall(hdrs.CONTENT_LENGTH, None)

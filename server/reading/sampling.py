@@ -22,7 +22,7 @@ def read_sampling_params(
         names[max_tokens_name], values[max_tokens_name] = "max_new_tokens", getattr(body, max_tokens_name)
     given = {ours: values[theirs] for theirs, ours in names.items()} | constraint_of(body)
     try:
-        params = SamplingParams.of_fields({**engine.sampling_defaults, **given})
+        params = SamplingParams.of_fields({**engine.model_config.sampling_defaults, **given})
         if max_tokens_name is None:
             params = replace(params, max_new_tokens=default_max_tokens)
         params.verify(engine.model_config.vocab_size)

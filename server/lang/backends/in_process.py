@@ -99,7 +99,7 @@ class EngineBackend(NativeBackend):
             per_prompt = given if isinstance(given, list) else [given] * len(prompts)
             if len(per_prompt) != len(prompts):
                 raise InvalidRequest(f"sampling_params has {len(per_prompt)} items for {len(prompts)} prompts")
-            params = [SamplingParams.from_dict(one, self.engine.sampling_defaults) for one in per_prompt]
+            params = [SamplingParams.from_dict(one, self.engine.model_config.sampling_defaults) for one in per_prompt]
             options = Item(convert({**body, "stream": is_stream}, GenerateRequest), 0, None).options()
         except EngineError as error:
             raise BackendError(str(error), error.status_code) from error
