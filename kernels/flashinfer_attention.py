@@ -173,7 +173,8 @@ class PrefillPlans:
 def kv_indices(batch: AttentionBatch, first: int, window: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (starts int32 [N + 1] on the host, slots int32 on the device) of the requests from `first` on.
 
-    window: where slots are mapped, of all layers. What stands before it may be another request's, and slot 0 is read.
+    window: where slots are mapped, of all layers. What stands before it may be another request's, and padding leaves
+    anything in slot 0: the last token's slot is read there, whose numbers are finite.
     """
     lens = batch.seq_lens_host[first:]
     indptr_host = np.zeros(len(lens) + 1, np.int32)
@@ -188,5 +189,6 @@ def kv_indices(batch: AttentionBatch, first: int, window: int = -1) -> tuple[tor
     if batch.slot_map is not None:
         q_lens = torch.diff(batch.cu_q_lens)[first:]
         is_seen = token > (batch.seq_lens[first:] - q_lens - window)[request]
-        slots = torch.where(is_seen, batch.slot_map[slots], 0)
+        last = batch.slot_table[batch.rows[first:], batch.seq_lens[first:] - 1]
+        slots = torch.where(is_seen, batch.slot_map[slots], batch.slot_map[last][request])
     return indptr, slots
