@@ -5,8 +5,8 @@ when it ends. So metrics cost a token nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
@@ -96,6 +96,42 @@ class Metrics:
                 histogram.observe((times.finished - times.first_token) / (num_tokens - 1))
 
 
+SchedulerGauge = tuple[str, str, Callable[["SchedulerStats"], float]]  # (name, help, its value)
+GAUGES: Sequence[SchedulerGauge] = (
+    ("sglang:num_running_reqs", "requests that run", lambda s: s.num_running),
+    ("sglang:num_queue_reqs", "requests that wait", lambda s: s.num_waiting),
+    ("sglang:num_used_tokens", "KV slots held by running requests", lambda s: s.num_held_tokens),
+    ("sglang:token_usage", "their share of the pool, the fuller one of two", lambda s: s.usage),
+    ("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens),
+    ("sglang:kv_used_tokens", "KV slots that requests hold", lambda s: s.num_held_tokens),
+    ("sglang:kv_evictable_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens),
+    ("sglang:kv_available_tokens", "free KV slots", lambda s: s.num_free_tokens),
+    (
+        "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
+        lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
+    ),
+    ("sglang:new_token_ratio", "share of the asked answers that is reserved", lambda s: s.new_token_ratio),
+    ("radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens),
+    ("radixloop:num_queued_tokens", "prompt tokens of requests that wait", lambda s: s.num_waiting_tokens),
+    ("radixloop:num_cached_prefixes", "nodes of the prefix tree", lambda s: s.cache.num_nodes),
+)  # fmt: skip
+# Of the smaller pool of layers that see a window, which models without such layers lack.
+WINDOW_GAUGES: Sequence[SchedulerGauge] = (
+    ("sglang:full_token_usage", "share of the other pool", lambda s: s.num_held_tokens / s.num_total_tokens),
+    (
+        "sglang:swa_token_usage", "share of the pool of layers that see a window, held by running requests",
+        lambda s: s.num_held_window_tokens / s.num_total_window_tokens,
+    ),
+    ("sglang:swa_used_tokens", "slots held there", lambda s: s.num_held_window_tokens),
+    (
+        "sglang:swa_evictable_tokens", "slots there of prefixes that nothing runs on",
+        lambda s: s.num_cached_window_tokens,
+    ),
+    ("sglang:swa_available_tokens", "free slots there", lambda s: s.num_free_window_tokens),
+    ("radixloop:num_window_tokens", "slots there", lambda s: s.num_total_window_tokens),
+)  # fmt: skip
+
+
 class EngineCollector(Collector):
     """Reads the engine when Prometheus asks."""
 
@@ -110,30 +146,10 @@ class EngineCollector(Collector):
         scheduler, loop = stats.scheduler, stats.loop
         health, rates = self.engine.health(), self.monitor.rates(RATE_SPAN_S)
 
-        yield self._by_replica("sglang:num_running_reqs", "requests that run", lambda s: s.num_running)
-        yield self._by_replica("sglang:num_queue_reqs", "requests that wait", lambda s: s.num_waiting)
-        yield self._by_replica(
-            "sglang:num_used_tokens", "KV slots held by running requests", lambda s: s.num_held_tokens
-        )
-        yield self._by_replica(
-            "sglang:token_usage", "their share of the pool, the fuller one of two", lambda s: s.usage
-        )
-        yield self._by_replica("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens)
-        yield self._by_replica("sglang:kv_used_tokens", "KV slots that requests hold", lambda s: s.num_held_tokens)
-        yield self._by_replica(
-            "sglang:kv_evictable_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
-        )
-        yield self._by_replica("sglang:kv_available_tokens", "free KV slots", lambda s: s.num_free_tokens)
+        yield from self._by_replica(GAUGES)
         if scheduler.num_total_window_tokens:
-            yield from self._windows()
-        yield self._by_replica(
-            "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
-            lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
-        )  # fmt: skip
+            yield from self._by_replica(WINDOW_GAUGES)
         yield self._gauge("sglang:gen_throughput", "tokens generated a second, lately", rates.generated)
-        yield self._by_replica(
-            "sglang:new_token_ratio", "share of the asked answers that is reserved", lambda s: s.new_token_ratio
-        )
         yield self._counter("sglang:prompt_tokens", "prompt tokens admitted", scheduler.num_prompt_tokens)
         yield self._counter("sglang:cached_tokens", "prompt tokens found in the cache", scheduler.num_hit_tokens)
         yield self._counter("sglang:generation_tokens", "tokens generated", loop.num_generated_tokens)
@@ -166,12 +182,6 @@ class EngineCollector(Collector):
         )
 
         yield from self._of_gateways(scheduler)
-        yield self._by_replica(
-            "radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
-        )
-        yield self._by_replica(
-            "radixloop:num_queued_tokens", "prompt tokens of requests that wait", lambda s: s.num_waiting_tokens
-        )
         yield self._gauge(
             "radixloop:oldest_queued_seconds", "wait of the request that waits longest", health.oldest_queued_s
         )
@@ -202,7 +212,6 @@ class EngineCollector(Collector):
             stats.canary.num_alarms,
         )  # fmt: skip
         yield self._gauge("radixloop:canary_drift", "their mean distance from the first", stats.canary.drift)
-        yield self._by_replica("radixloop:num_cached_prefixes", "nodes of the prefix tree", lambda s: s.cache.num_nodes)
         yield self._counter("radixloop:evicted_tokens", "cached tokens given up", scheduler.cache.num_evicted)
         yield self._counter("radixloop:device_idle_seconds", "between two steps on the device", loop.device_idle_s)
         yield self._counter(
@@ -226,29 +235,15 @@ class EngineCollector(Collector):
         size.add_metric([str(self.page_size), str(scheduler.num_total_tokens // self.page_size)], 1.0)
         yield size
 
-    def _windows(self) -> Iterable[Metric]:
-        """Yield gauges of the smaller pool of layers that see a window, which models without such layers lack."""
-        yield self._by_replica(
-            "sglang:full_token_usage", "share of the other pool", lambda s: s.num_held_tokens / s.num_total_tokens
-        )
-        yield self._by_replica(
-            "sglang:swa_token_usage", "share of the pool of layers that see a window, held by running requests",
-            lambda s: s.num_held_window_tokens / s.num_total_window_tokens,
-        )  # fmt: skip
-        yield self._by_replica("sglang:swa_used_tokens", "slots held there", lambda s: s.num_held_window_tokens)
-        yield self._by_replica(
-            "sglang:swa_evictable_tokens", "slots there of prefixes that nothing runs on",
-            lambda s: s.num_cached_window_tokens,
-        )  # fmt: skip
-        yield self._by_replica("sglang:swa_available_tokens", "free slots there", lambda s: s.num_free_window_tokens)
-        yield self._by_replica("radixloop:num_window_tokens", "slots there", lambda s: s.num_total_window_tokens)
-
-    def _by_replica(self, name: str, help: str, value_of: Callable[[Any], float]) -> Metric:
-        """Return a gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
-        values = [value_of(stats.scheduler) for stats in self.engine.replica_stats()]
-        if len(values) == 1:
-            return self._gauge(name, help, values[0])
-        return self._gauge(name, help, {str(i): value for i, value in enumerate(values)}, "dp_rank")
+    def _by_replica(self, gauges: Sequence[SchedulerGauge]) -> Iterable[Metric]:
+        """Yield gauges of a scheduler; of several engines one value each, which SGLang labels with its dp_rank."""
+        schedulers = [stats.scheduler for stats in self.engine.replica_stats()]
+        for name, help, value_of in gauges:
+            values = [value_of(scheduler) for scheduler in schedulers]
+            if len(values) == 1:
+                yield self._gauge(name, help, values[0])
+            else:
+                yield self._gauge(name, help, {str(i): value for i, value in enumerate(values)}, "dp_rank")
 
     def _gauge(self, name: str, help: str, values: float | dict[str, float], label: str = "") -> Metric:
         return self._filled(GaugeMetricFamily, name, help, values, label)
