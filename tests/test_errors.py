@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import re
 from pathlib import Path
 
@@ -33,13 +34,19 @@ def is_builtin_exception(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, BaseException)
 
 
+@functools.cache
+def modules() -> list[tuple[Path, ast.Module]]:
+    """Return the four packages' files, parsed."""
+    files = [file for folder in ("server", "engine", "cache", "kernels") for file in (ROOT / folder).rglob("*.py")]
+    return [(file, ast.parse(file.read_text())) for file in files]
+
+
 def existing_classes() -> dict[str, tuple[str, str]]:
     """Name -> (parent, module) of every exception class in the four packages."""
     classes = {
         node.name: ([base.id for base in node.bases if isinstance(base, ast.Name)], file)
-        for folder in ("server", "engine", "cache", "kernels")
-        for file in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
+        for file, module in modules()
+        for node in ast.walk(module)
         if isinstance(node, ast.ClassDef)
     }
 
@@ -68,9 +75,8 @@ def test_every_drawn_status_is_the_one_that_clients_get() -> None:
 def test_every_exception_class_is_made_somewhere() -> None:
     used = {
         node.id
-        for folder in ("server", "engine", "cache", "kernels")
-        for file in (ROOT / folder).rglob("*.py")
-        for made in ast.walk(ast.parse(file.read_text()))
+        for _, module in modules()
+        for made in ast.walk(module)
         if isinstance(made, (ast.Raise, ast.Call))
         for node in [getattr(made, "exc", None) or getattr(made, "func", None)]
         if isinstance(node, ast.Name)

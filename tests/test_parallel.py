@@ -19,7 +19,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import EngineStopped, InvalidRequest, ModelError
+from engine.errors import EngineError, EngineStopped, InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig
 from engine.local import LocalEngine
@@ -179,7 +179,9 @@ async def ask(engine: Engine, input_ids: list[int], **fields: Any) -> list[Delta
     return [delta async for delta in engine.generate(state)]
 
 
-async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas: ReplicaSet) -> None:
+async def test_engines_behind_one_facade_are_one_engine_until_one_dies(
+    replicas: ReplicaSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = replicas
     (delta,) = await ask(engine, [5, 6, 7], return_logprob=True, logprob_start_len=0)
     state = delta.state
@@ -217,6 +219,14 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
     scheduler = engine.stats().scheduler
     assert (scheduler.num_running, scheduler.num_held_tokens, scheduler.num_total_tokens) == (0, 0, 2 << 16)
     assert engine.flush_cache()
+
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequest, match="file/replica-0: Not a directory"):
+        engine.start_profile(str(tmp_path / "file"))
+    monkeypatch.setattr("engine.replicas.profile.make_profile_folder", lambda path: None)
+    engine.start_profile(str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"replica 0 has no profile: .*; replica 1 has no profile: "):
+        await asyncio.wait_for(engine.stop_profile(), 60)
 
     victim = min(filter(is_rank, descendants(os.getpid())))
     waiting = asyncio.create_task(ask(engine, [5, 6, 7], max_new_tokens=ENDLESS))
