@@ -28,7 +28,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "model_max_length", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
         "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
         "no_rope_layer_interval", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
-        "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq",
+        "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
     )),
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
@@ -40,11 +40,16 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     )),
     ("a number", is_number, (
         "llama_4_scaling_beta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "routed_scaling_factor", "router_jitter_noise", "router_logit_softcapping", "attn_scale", "floor_scale",
         "temperature", "top_p", "min_p", "repetition_penalty",
     )),
     ("an integer", lambda value: type(value) is int, (
         "sliding_window", "max_window_layers", "num_kv_shared_layers", "hidden_size_per_layer_input", "top_k",
-        "first_k_dense_replace", "num_nextn_predict_layers",
+        "first_k_dense_replace", "num_nextn_predict_layers", "n_routed_experts", "num_local_experts",
+        "moe_num_experts", "num_experts_per_tok", "experts_per_token", "moe_k", "n_group", "topk_group",
+        "n_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size",
+        "decoder_sparse_step", "moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index",
+        "interleave_moe_layer_step", "intermediate_size_mlp",
     )),
     ("true or false", lambda value: isinstance(value, bool), (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
@@ -53,7 +58,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "use_qkv_bias", "use_parallel_residual", "qk_layernorm", "use_qk_norm", "scale_attn_weights",
         "scale_attn_by_inverse_layer_idx", "add_cross_attention", "do_layer_norm_before", "enable_bias",
         "layer_norm_elementwise_affine", "attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block",
-        "rope_interleave",
+        "rope_interleave", "norm_topk_prob",
     )),
     ("a string", lambda value: isinstance(value, str), (
         "hidden_act", "hidden_activation", "activation_function", "model_type", "whole_model_type", "dtype",
@@ -65,7 +70,12 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("a list of strings", is_list_of(lambda value: isinstance(value, str)), (
         "architectures", "layer_types", "mlp_layer_types",
     )),
-    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor", "no_rope_layers")),
+    ("a list of numbers", is_list_of(is_number), (
+        "short_factor", "long_factor", "no_rope_layers", "mlp_only_layers", "moe_layers",
+    )),
+    ("an integer, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
+        value if isinstance(value, list) else [value]
+    ), ("moe_layer_freq", "num_experts", "moe_topk", "num_shared_expert", "moe_intermediate_size")),
     ("a number, or letters", lambda value: type(value) in (int, str), ("sliding_window_pattern",)),
     ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
         value if isinstance(value, list) else [value]

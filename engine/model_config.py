@@ -110,6 +110,23 @@ class ExpertsConfig:
     has_bias: bool = False  # of both of an expert's products
     act: str | None = None  # the kernels' name of the experts' activation; None: by `hidden_act`
 
+    def __post_init__(self) -> None:
+        """`ModelError` if no token could be given its experts."""
+        routing, groups = self.routing, self.routing.num_groups
+        if not 1 <= routing.top_k <= routing.num_experts:
+            raise ModelError(f"config.json: each token has {routing.top_k} of {routing.num_experts} experts")
+        if self.intermediate_size < 1 or self.shared_size < 0:
+            raise ModelError(f"config.json: experts of size {self.intermediate_size}, {self.shared_size} if shared")
+        if groups == 1:
+            return
+        in_group = routing.num_experts // groups if groups > 0 and routing.num_experts % groups == 0 else 0
+        least = max(routing.group_score, -(-routing.top_k // max(routing.topk_groups, 1)))
+        if not 1 <= routing.topk_groups <= groups or in_group < least:
+            raise ModelError(
+                f"config.json: {routing.num_experts} experts cannot be chosen from the best {routing.topk_groups} of "
+                f"{groups} groups, {routing.top_k} for each token"
+            )
+
 
 ATTENTION_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionConfig))
 
@@ -230,8 +247,8 @@ def read_decoder(
 ) -> ModelConfig:
     """Read what most families spell alike. KeyError naming an entry that is missing.
 
-    windows, ropes: one a layer. differs: fields that a family spells differently, those of `AttentionConfig` for all
-    layers, or those of `ModelConfig`.
+    windows, ropes: one a layer; without windows, all layers see all. differs: fields that a family spells differently,
+    those of `AttentionConfig` for all layers, or those of `ModelConfig`.
     """
     num_heads, hidden_size, num_layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
     head_dim = differs.pop("head_dim", None) or head_dim_of(raw)
@@ -246,7 +263,7 @@ def read_decoder(
         o_bias=has_bias,
     )
     layer = replace(layer, **{name: differs.pop(name) for name in ATTENTION_FIELDS & differs.keys()})
-    windows = parse_windows(raw) if windows is None else windows
+    windows = [-1] * num_layers if windows is None else windows
     ropes = [layer.rope] * num_layers if ropes is None else ropes
     fields = {
         "architectures": tuple(raw.get("architectures") or ()),
@@ -369,13 +386,23 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
-    """Return each layer's sliding window, as Mistral and Qwen2 spell it; -1: it sees all."""
+def parse_windows(raw: dict[str, Any], *, default: bool = True) -> tuple[int, ...]:
+    """Return each layer's sliding window, -1: it sees all, as Mistral spells it: all layers have one, if any does.
+
+    Only families whose layers have windows ask for them: files of others may hold a `sliding_window` as well, left by
+    the model that they were made of. default: of `use_sliding_window`.
+    """
     num_layers: int = raw["num_hidden_layers"]
-    if not raw.get("use_sliding_window", True):
+    has_windows = raw.get("use_sliding_window", default)
+    return layer_windows(raw, (True,) * num_layers) if has_windows else (-1,) * num_layers
+
+
+def upper_windows(raw: dict[str, Any]) -> tuple[int, ...]:
+    """Return each layer's sliding window, as Qwen2 spells it: layers from `max_window_layers` on have it, if any do."""
+    num_layers: int = raw["num_hidden_layers"]
+    if not raw.get("use_sliding_window", False):
         return (-1,) * num_layers
-    first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
-    return layer_windows(raw, [layer >= first for layer in range(num_layers)])
+    return layer_windows(raw, [layer >= raw.get("max_window_layers", 28) for layer in range(num_layers)])
 
 
 def layer_windows(raw: dict[str, Any], is_local: Sequence[bool]) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ STRETCHED_BY_LENGTH = ("dynamic", "stepped_ntk")  # to whatever is asked for
 NO_ROTATION = "none"  # the `rope_type` of layers without rotary embedding
 # Rotary settings, by where files have them: see `with_rope_parameters`.
 ORIGINAL_LENGTH = "original_max_position_embeddings"
-ROPE_OBJECTS, ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
+ROPE_OBJECTS, ROPE_NUMBERS = ("rope_scaling", "rope_parameters"), ("rope_theta", "partial_rotary_factor")
+FACTORS = ("attention_factor", "short_mscale", "long_mscale")  # on cosines and sines, in place of one that follows
 ROPE_ENTRIES = (*ROPE_OBJECTS, *ROPE_NUMBERS, ORIGINAL_LENGTH)
 
 
@@ -36,19 +37,29 @@ class RopeConfig:
         """
         return replace(self, rotary_dim=2, rope_type=NO_ROTATION)
 
+    @property
+    def without_sharpening(self) -> "RopeConfig":
+        """Return what heads that are normalized behind the rotation have: no factor on cosines and sines stays."""
+        return replace(self, scaling={k: v for k, v in self.scaling.items() if k not in FACTORS} | {FACTORS[0]: 1.0})
+
 
 def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
     """Return `entries` with all rotary settings in `rope_parameters`, where transformers 5 keeps them.
 
     Older files have `rope_theta` and `partial_rotary_factor` beside a `rope_scaling`, whose null means none, and Phi-3
     has the length before scaling beside it. Without this, an override in one spelling would not meet a file in another.
+    Of a file that has both objects, `rope_scaling` says how positions are stretched: models' authors let users add it.
     """
     rest = {name: value for name, value in entries.items() if name not in ROPE_ENTRIES}
-    nested = [entries[name] for name in ROPE_OBJECTS if name in entries]
-    scaling = next((value for value in nested if value), {"rope_type": "default"} if nested else {})
-    if not isinstance(scaling, dict):
+    added, own = (entries.get(name) or {} for name in ROPE_OBJECTS)
+    if not isinstance(added, dict) or not isinstance(own, dict):
         return entries  # `checked` says what is wrong
-    parameters = {name: entries[name] for name in ROPE_NUMBERS if entries.get(name) is not None} | scaling
+    is_by_layer = any(isinstance(value, dict) for value in own.values())
+    scaling = own if is_by_layer else added or own
+    if not scaling and any(name in entries for name in ROPE_OBJECTS):
+        scaling = {"rope_type": "default"}
+    numbers = [{name: each[name] for name in ROPE_NUMBERS if each.get(name) is not None} for each in (entries, own)]
+    parameters = numbers[0] | numbers[1] | scaling
     if (rope_type := parameters.pop("type", None)) is not None:
         parameters.setdefault("rope_type", rope_type)
     if (original := entries.get(ORIGINAL_LENGTH)) is not None:

@@ -52,6 +52,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
     ),
+    "qwen3-moe, windows": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 24, "norm_topk_prob": False,
+            "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+        },
+    ),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "minimax-m2": ("MiniMaxM2Config", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "glm-4.5": (

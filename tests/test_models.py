@@ -409,7 +409,10 @@ def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_
         ('{"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}', "1 factors, not 8"),
         ('{"architectures": "LlamaForCausalLM"}', "architectures must be a list of strings"),
         ('{"eos_token_id": [[2]]}', "eos_token_id must be a token's id, or a list of them"),
-        ('{"sliding_window": 8, "layer_types": ["full_attention"]}', "layer_types names 1 layers"),
+        (
+            '{"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": ["full_attention"]}',
+            "layer_types names 1 layers",
+        ),
         ("[1]", "JSON object"),
         ("{", "not JSON"),
     ],

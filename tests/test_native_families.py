@@ -132,6 +132,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "HunYuanDenseV1Config",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
     ),
+    "hunyuan, stretched": ("HunYuanDenseV1Config", {"rope_parameters": YARN}),
     "ernie 4.5": ("Ernie4_5Config", {"use_bias": True}),
     "arcee": ("ArceeConfig", {"mlp_bias": True}),
     "helium": ("HeliumConfig", {}),

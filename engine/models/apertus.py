@@ -73,6 +73,7 @@ class Apertus(CausalLM):
         return read_decoder(
             raw if raw.get("rope_parameters") else with_rope(raw, **LLAMA3),
             hidden_act=raw.get("hidden_act", "xielu"),
+            mlp_bias=False,
             norm_eps=raw.get("rms_norm_eps", 1e-5),
             qk_norm=QKNorm.HEADS,
         )

@@ -77,13 +77,22 @@ def latent_names(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def expert_layers(raw: dict[str, Any], experts: ExpertsConfig) -> tuple[ExpertsConfig | None, ...]:
-    """Return the experts of each layer: as `mlp_layer_types` says, else of each `moe_layer_freq`-th but the first."""
+    """Return the experts of each layer: as `mlp_layer_types` says, else of each `moe_layer_freq`-th but the first.
+
+    Where that is a list, it has a number for each layer, 0 for those without experts.
+    """
     num_layers = raw["num_hidden_layers"]
     if kinds := raw.get("mlp_layer_types"):
         if len(kinds) < num_layers:
             raise ModelError(f"mlp_layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
         return tuple(experts if kind == "sparse" else None for kind in kinds[:num_layers])
     first, step = raw.get("first_k_dense_replace", 0), raw.get("moe_layer_freq", 1)
+    if isinstance(step, list):
+        if len(step) < num_layers:
+            raise ModelError(f"moe_layer_freq names {len(step)} layers, num_hidden_layers is {num_layers}")
+        return tuple(experts if has_experts else None for has_experts in step[:num_layers])
+    if step < 1:
+        raise ModelError(f"config.json: moe_layer_freq must be positive, got {step}")
     return tuple(experts if i >= first and i % step == 0 else None for i in range(num_layers))
 
 
@@ -100,7 +109,10 @@ class DeepseekV2(CausalLM):
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        is_grouped = raw.get("topk_method", "greedy") == "group_limited_greedy"
+        method = raw.get("topk_method", "greedy")
+        if method == "noaux_tc":
+            return DeepseekV3.read_config(raw)
+        is_grouped = method == "group_limited_greedy"
         routing = Routing(
             raw["n_routed_experts"], raw["num_experts_per_tok"], renormalize=raw.get("norm_topk_prob", False),
             factor=raw.get("routed_scaling_factor", 1.0), num_groups=raw["n_group"] if is_grouped else 1,

@@ -6,9 +6,10 @@ rotation        its base may be raised by a fixed alpha, under the name of dynam
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from engine.model_config import ModelConfig, QKNorm, read_decoder
+from engine.model_config import ModelConfig, QKNorm, head_dim_of, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import COMMON_NAMES, Rename, Rule
+from engine.rope_config import parse_rope
 
 
 class HunYuan(CausalLM):
@@ -20,4 +21,5 @@ class HunYuan(CausalLM):
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return read_decoder(raw, qk_norm=QKNorm.ROTATED_HEADS)
+        rope = parse_rope(raw, head_dim_of(raw)).without_sharpening
+        return read_decoder(raw, rope=rope, qk_norm=QKNorm.ROTATED_HEADS)

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.layers.block import PreNorm
 from engine.layers.mlp import PlainMLP
-from engine.model_config import ModelConfig, QKNorm, read_decoder
+from engine.model_config import ModelConfig, QKNorm, parse_windows, read_decoder, upper_windows
 from engine.models.base import CausalLM
 from engine.models.names import COMMON_NAMES, Ignore, Rename
 
@@ -35,11 +35,15 @@ class Yi(Llama):
 class Mistral(Llama):
     """A Llama whose layers all have config.json's `sliding_window`, if it is not null."""
 
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        return read_decoder(raw, windows=parse_windows(raw))
+
 
 class Qwen2(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return read_decoder(raw, qkv_bias=True, o_bias=False)
+        return read_decoder(raw, windows=upper_windows(raw), qkv_bias=True, o_bias=False)
 
 
 class MiMo(Qwen2):
@@ -49,7 +53,7 @@ class MiMo(Qwen2):
 class Qwen3(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return read_decoder(raw, qk_norm=QKNorm.HEADS)
+        return read_decoder(raw, windows=upper_windows(raw), qk_norm=QKNorm.HEADS)
 
 
 class SeedOss(CausalLM):

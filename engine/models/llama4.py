@@ -38,7 +38,8 @@ class Llama4(CausalLM):
         rotates = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)]
         if len(rotates) < num_layers:
             raise ModelError(f"no_rope_layers names {len(rotates)} layers, num_hidden_layers is {num_layers}")
-        rope = parse_rope(raw, head_dim_of(raw))
+        rope, has_norms = parse_rope(raw, head_dim_of(raw)), raw.get("use_qk_norm", True)
+        rope = rope.without_sharpening if has_norms else rope
         config = read_decoder(
             raw | {"intermediate_size": raw.get("intermediate_size_mlp", 16384)},
             windows=[chunk if rotates[i] and chunk else -1 for i in range(num_layers)],
@@ -46,7 +47,7 @@ class Llama4(CausalLM):
             norm_eps=raw.get("rms_norm_eps", 1e-5),
             experts=read_experts(raw),
         )
-        norm = QKNorm.UNIT_HEADS if raw.get("use_qk_norm", True) else QKNorm.NONE
+        norm = QKNorm.UNIT_HEADS if has_norms else QKNorm.NONE
         attention = [
             replace(layer, is_chunked=layer.window > 0, qk_norm=norm if rotates[i] else QKNorm.NONE)
             for i, layer in enumerate(config.attention)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.errors import ModelError
-from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, read_decoder
+from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, parse_windows, read_decoder, upper_windows
 from engine.models.base import CausalLM
 from engine.models.ernie import Ernie45
 from engine.models.granite import Granite
@@ -48,7 +48,8 @@ class Mixtral(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         routing = Routing(raw["num_local_experts"], raw["num_experts_per_tok"])
-        return read_decoder(raw, experts=everywhere(raw, ExpertsConfig(routing, raw["intermediate_size"])))
+        experts = everywhere(raw, ExpertsConfig(routing, raw["intermediate_size"]))
+        return read_decoder(raw, windows=parse_windows(raw), experts=experts)
 
 
 class Qwen2Moe(CausalLM):
@@ -60,7 +61,13 @@ class Qwen2Moe(CausalLM):
         experts = ExpertsConfig(
             routing, raw["moe_intermediate_size"], raw["shared_expert_intermediate_size"], has_shared_gate=True
         )
-        return read_decoder(raw, qkv_bias=raw.get("qkv_bias", True), o_bias=False, experts=every_few(raw, experts))
+        return read_decoder(
+            raw,
+            windows=upper_windows(raw),
+            qkv_bias=raw.get("qkv_bias", True),
+            o_bias=False,
+            experts=every_few(raw, experts),
+        )
 
 
 class Qwen3Moe(CausalLM):
@@ -70,7 +77,8 @@ class Qwen3Moe(CausalLM):
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         routing = read_routing(raw)
         experts = ExpertsConfig(routing, raw["moe_intermediate_size"])
-        return read_decoder(raw, qk_norm=QKNorm.HEADS, experts=every_few(raw, experts))
+        windows = parse_windows(raw, default=False)
+        return read_decoder(raw, windows=windows, qk_norm=QKNorm.HEADS, experts=every_few(raw, experts))
 
 
 class Olmoe(CausalLM):
@@ -152,8 +160,9 @@ class HunYuanMoe(HunYuan):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         num_experts, top_k = one_number(raw, "num_experts"), one_number(raw, "moe_topk")
-        size = raw["intermediate_size"]
-        experts = ExpertsConfig(Routing(num_experts, top_k), size, size)
+        size, shared = raw["intermediate_size"], one_number({"num_shared_expert": 1} | raw, "num_shared_expert")
+        own_size = one_number({"moe_intermediate_size": size} | raw, "moe_intermediate_size")
+        experts = ExpertsConfig(Routing(num_experts, top_k), own_size, size * shared)
         return replace(HunYuan.read_config(raw), experts=everywhere(raw, experts))
 
 
@@ -203,9 +212,9 @@ def read_routing(raw: dict[str, Any]) -> Routing:
 
 
 def sigmoid_routing(raw: dict[str, Any]) -> Routing:
-    """Return how DeepSeek V3 and GLM choose experts: by sigmoids, a group of them by its best two ("noaux_tc")."""
+    """Return how DeepSeek V3 and GLM choose experts: mostly by sigmoids, and a group by its best two."""
     return Routing(
-        raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
+        raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=raw.get("scoring_func", "sigmoid") == "sigmoid",
         renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
         num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
     )  # fmt: skip

@@ -8,7 +8,7 @@ windows         in all layers, if any
 from collections.abc import Sequence
 from typing import Any
 
-from engine.model_config import ModelConfig, read_decoder
+from engine.model_config import ModelConfig, parse_windows, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import Rule, fused_names
 
@@ -19,7 +19,7 @@ class Phi3(CausalLM):
         parameters = raw.get("rope_parameters") or {}
         if parameters.get("rope_type") in ("su", "yarn"):
             raw = raw | {"rope_parameters": parameters | {"rope_type": "longrope"}}
-        return read_decoder(raw, qkv_bias=False, o_bias=False)
+        return read_decoder(raw, windows=parse_windows(raw), qkv_bias=False, o_bias=False)
 
     @property
     def names(self) -> Sequence[Rule]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.layers.block import PreNorm
 from engine.layers.norm import LayerNorm
-from engine.model_config import ExpertsConfig, ModelConfig, read_decoder
+from engine.model_config import ExpertsConfig, ModelConfig, parse_windows, read_decoder
 from engine.models.base import CausalLM
 from engine.models.moe import Mixtral, everywhere
 from kernels.routing import Routing
@@ -31,6 +31,7 @@ class PhiMoe(CausalLM):
         experts = ExpertsConfig(routing, raw["intermediate_size"])
         return read_decoder(
             raw,
+            windows=parse_windows(raw),
             norm_eps=raw.get("rms_norm_eps", 1e-5),
             lm_head_bias=raw.get("lm_head_bias", False),
             experts=everywhere(raw, experts),

@@ -21,6 +21,7 @@ from engine.models.architectures import (
     TEXT_DEFAULTS,
 )
 from engine.models.base import CausalLM
+from engine.models.defaults import with_defaults
 from engine.quantization.methods import quantization_of
 
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
@@ -40,7 +41,7 @@ def load_config(folder: str | Path, config: EngineConfig | None = None) -> Model
     family = _family_of(named, entries.get("model_type"))
     if named and family is None:  # another family's entries are not ours to judge
         raise _unsupported(named, entries)
-    raw = checked(entries | {"architectures": named}, file)
+    raw = checked(with_defaults(entries) | {"architectures": named}, file)
     vision = next((ARCHITECTURES[name].vision for name in named if name in ARCHITECTURES), "")
     if vision:
         raw = TEXT_DEFAULTS.get(raw.get("model_type", ""), {}) | raw

@@ -11,7 +11,7 @@ from typing import Any
 from engine.layers.block import PreNorm
 from engine.layers.mlp import PlainMLP
 from engine.layers.norm import LayerNorm
-from engine.model_config import ModelConfig, read_decoder
+from engine.model_config import ModelConfig, parse_windows, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import COMMON_NAMES, Rename
 
@@ -29,6 +29,7 @@ class Starcoder2(CausalLM):
         has_bias = raw.get("use_bias", True)
         return read_decoder(
             raw,
+            windows=parse_windows(raw),
             hidden_act=raw.get("hidden_act", "gelu_pytorch_tanh"),
             norm_eps=raw.get("norm_epsilon", 1e-5),
             qkv_bias=has_bias,
