@@ -97,7 +97,7 @@ class EngineConfig:
     )
 
     max_running_requests: int | None = option(None, SCHEDULE, "requests that may run at once")
-    max_queued_requests: int | None = option(None, SCHEDULE, "requests that may wait; beyond it: 429")
+    max_queued_requests: int | None = option(None, SCHEDULE, "requests that wait for others to end; beyond it: 429")
     max_queued_tokens: int | None = option(None, SCHEDULE, "prompt tokens that may wait together; beyond it: 429")
     chunked_prefill_size: int | None = option(
         None, SCHEDULE, "prompt tokens computed in one step at most; -1: no limit"

@@ -124,6 +124,7 @@ class RequestState:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
+    joins_others: bool = False  # of one HTTP request, queued before it: a full queue takes the rest of them
     num_admitted_before: int = 0  # requests that the scheduler had admitted when this one came
     num_forced_tokens: int = 0  # of the answer: put there by the matcher, not sampled
     charged_tokens: float = 0.0  # to its client, while it runs

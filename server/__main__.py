@@ -312,7 +312,7 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
     for name, value in (
         ("address", url),
         ("in a browser", "/dashboard" if config.disable_web_ui else "/ to chat, /docs, /dashboard"),
-        ("model", config.model_name),
+        ("model", ", ".join(config.model_names)),
         *([("tokenizer", origin)] if origin else []),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", _capacity(engine)),

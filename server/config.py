@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import math
 import re
@@ -361,12 +362,20 @@ def _may_be(word: str, meant: str) -> bool:
 def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
     """Return the options of a YAML file as if they stood on the command line."""
     try:
-        values = yaml.safe_load(Path(file).read_bytes())
-    except (OSError, yaml.YAMLError) as error:
+        text = Path(file).read_bytes()
+        values, as_written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {file}: the file must hold `option: value` lines")
+    for key, value in values.items():
+        if _is_number_or_date(value):
+            values[key] = as_written.get(key, value)  # a key of digits keeps its zeros
     return to_arguments(parser, values, f"--config {file}")
+
+
+def _is_number_or_date(value: Any) -> bool:
+    return isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool)
 
 
 def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> list[str]:
@@ -378,9 +387,14 @@ def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], sou
         if (flag not in known and find(flag, _foreign(parser)) is None) or flag == "--config":
             parser.error(f"{source}: unknown option {key}{_hint(flag, known, dashes='')}")
         if isinstance(value, list):
-            arguments += [flag, *map(str, value)]
+            arguments += [flag, *map(_word, value)]
         elif value is True:
             arguments.append(flag)
         elif value is not False and value is not None:
-            arguments.append(f"{flag}={value}")
+            arguments.append(f"{flag}={_word(value)}")
     return arguments
+
+
+def _word(value: Any) -> str:
+    """Return a value as it stands on a command line: what is structured as JSON."""
+    return orjson.dumps(value).decode() if isinstance(value, (dict, list)) else str(value)

@@ -384,6 +384,22 @@ def test_another_servers_options_may_stand_in_the_file(tmp_path: Path) -> None:
     assert parse_args(["--config", str(file)]) == ServerConfig(context_length=4096, disable_cuda_graph=True)
 
 
+def test_what_is_structured_in_the_file_is_json_and_digits_stay_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "json-model-override-args: {rope_scaling: {factor: 2.0}}\nlimit-mm-per-prompt: {image: 2}\n"
+        "api-key: 0123\nrevision: 2024-01-02\nmax_model_len: 8k\nserved-model-name: [demo, other]\n"
+    )
+    assert parse_args(["--config", str(file)]) == ServerConfig(
+        json_model_override_args='{"rope_scaling":{"factor":2.0}}',
+        limit_mm_per_prompt='{"image":2}',
+        api_key="0123",
+        revision="2024-01-02",
+        context_length=8000,
+        served_model_name=["demo", "other"],
+    )
+
+
 @pytest.mark.parametrize("table", [SERVER_FLAGS, ROUTER_FLAGS])
 def test_the_table_of_foreign_flags_agrees_with_the_servers_own(table: tuple[ForeignFlag, ...]) -> None:
     config = ServerConfig if table is SERVER_FLAGS else RouterConfig

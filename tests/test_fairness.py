@@ -14,6 +14,7 @@ from engine.schedule.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, F
 from engine.schedule.plan import PrefillBudget
 from engine.schedule.policy import MAX_SORTED_QUEUE
 from engine.state import Delta, FinishReason, RequestState, Status
+from tests.fake_engine import serving
 from tests.test_engine import collect, make_state, running_engine
 from tests.test_scheduler import Traffic, expected
 
@@ -379,3 +380,12 @@ async def test_times_tell_prefill_from_decode_whether_streamed_or_not(tiny_llama
             await collect(engine, state)
             times = state.times
             assert times.arrived <= times.scheduled <= times.first_token < times.finished
+
+
+async def test_a_request_for_more_answers_than_may_wait_is_answered(tiny_llama: Path) -> None:
+    limits: dict[str, Any] = {"max_running_requests": 1, "max_queued_requests": 1}
+    async with running_engine(tiny_llama, **limits) as engine, serving(engine) as client:
+        body = {"model": "fake-model", "prompt": ["a", "b", "c"], "n": 2, "max_tokens": 2}
+        response = await client.post("/v1/completions", json=body)
+        assert response.status == 200, await response.text()
+        assert len((await response.json())["choices"]) == 6

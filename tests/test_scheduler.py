@@ -1,5 +1,6 @@
 """The scheduler plays traffic without a model: a token is a function of what came before, so recomputation shows."""
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -439,10 +440,49 @@ def test_an_answer_that_may_be_shortened_gets_the_room_there_is_and_at_least_a_t
 
 def test_a_full_queue_refuses() -> None:
     traffic = Traffic(64, num_rows=1, max_queued=2)
-    traffic.submit([1], 1)
-    traffic.submit([1], 1)
-    with pytest.raises(QueueFull, match="2"):
+    for _ in range(3):
         traffic.submit([1], 1)
+    with pytest.raises(QueueFull, match="2 requests are waiting, the limit is 2"):
+        traffic.submit([1], 1)
+
+
+@pytest.mark.parametrize("max_queued", [0, 1])
+def test_requests_that_come_at_once_fill_the_free_rows_before_they_wait(max_queued: int) -> None:
+    traffic = Traffic(256, num_rows=3, max_queued=max_queued)
+    for _ in range(3 + max_queued):
+        traffic.submit([1, 2], 8)
+    with pytest.raises(QueueFull, match=f"the limit is {max_queued}"):
+        traffic.submit([1], 1)
+    traffic.step()
+    with pytest.raises(QueueFull) if max_queued else contextlib.nullcontext():  # an empty queue always takes one
+        traffic.submit([1], 1)
+    traffic.run_all()
+    for _ in range(3):
+        traffic.submit([1], 1)
+
+
+def test_rows_are_not_free_for_those_behind_one_that_waits_for_memory() -> None:
+    traffic = Traffic(64, num_rows=8, max_queued=2)
+    for start in (1, 100):
+        traffic.submit(list(range(start, start + 40)), 8)
+    for _ in range(6):
+        traffic.step()
+    assert traffic.scheduler.num_running == 1 and traffic.rows.num_free
+    traffic.submit([1], 1)
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        traffic.submit([1], 1)
+
+
+def test_a_full_queue_takes_the_rest_of_an_http_request_whose_first_prompt_it_took() -> None:
+    traffic = Traffic(256, num_rows=1, max_queued=1, max_queued_tokens=4)
+    states = [RequestState(Request(str(i), [1, 2], SamplingParams(max_new_tokens=1))) for i in range(8)]
+    for state in states:
+        state.joins_others = state is not states[0]
+        traffic.scheduler.submit(state)
+    with pytest.raises(QueueFull):
+        traffic.submit([1], 1)
+    traffic.run_all()
+    assert all(state.status is Status.FINISHED for state in states)
 
 
 def test_an_aborted_request_frees_its_slots_before_the_next_plan() -> None:

@@ -209,12 +209,13 @@ class ReplicaSet(Engine):
 
     def _check_queue(self, state: RequestState) -> None:
         config = self.config
-        if config.max_queued_requests is None and config.max_queued_tokens is None:
+        if (config.max_queued_requests is None and config.max_queued_tokens is None) or state.joins_others:
             return
         scheduler = self.stats().scheduler
         num_unreported = sum(one.num_sent - one.report.num_received for one in self._replicas)
+        num_free = 0 if scheduler.num_waiting else self.max_running_requests - scheduler.num_running
         for what, waiting, more, limit in (
-            ("requests", scheduler.num_waiting + num_unreported, 1, config.max_queued_requests),
+            ("requests", scheduler.num_waiting + num_unreported - num_free, 1, config.max_queued_requests),
             ("prompt tokens", scheduler.num_waiting_tokens, state.prompt_len, config.max_queued_tokens),
         ):
             if limit is not None and waiting + more > limit:

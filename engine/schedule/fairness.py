@@ -39,15 +39,17 @@ class FairShares:
 
     # ---- the queue's length ----
 
-    def check(self, state: RequestState) -> None:
+    def check(self, state: RequestState, num_free: int = 0) -> None:
         """Raise `QueueFull` if one more request is one too many.
 
         A full queue still takes from a client that holds less than its equal part of it: a client that floods the
-        queue does not shut out the others.
+        queue does not shut out the others. It takes all that one HTTP request asks for, or nothing.
+
+        num_free: requests of the queue that the next step lets run.
         """
-        num_waiting = self.num_requests.total()
-        if not num_waiting:
+        if not self.num_requests or state.joins_others:
             return
+        num_waiting = self.num_requests.total() - num_free
         client = state.request.client
         num_clients = len(self.num_requests.keys() | {client})
         limit = self.max_requests

@@ -115,6 +115,7 @@ class Scheduler:
         self.resolver = Resolver(rows, self.held, self.decoding, is_eos, self.finish)
         self.chunked_prefill_size = self.held.max_chunk(max(chunked_prefill_size, allocator.page_size))
         self.num_retractions = self.num_prompt_tokens = self.num_admitted = 0
+        self._num_left = 0  # requests that the last plan left in the queue
         self.feature_source: FeatureSource | None = None  # of a model that reads pictures
         self.parked: dict[str, RequestState] = {}  # by rid: those whose pictures' features are being computed
         self._has_rope_axes = has_rope_axes
@@ -124,7 +125,8 @@ class Scheduler:
     def submit(self, state: RequestState) -> None:
         """Queue `state`. Raises `PromptTooLong` if it can never fit, `QueueFull` if the queue is full."""
         self.admission.check(state)
-        self.shares.check(state)
+        was_left = min(self._num_left, len(self.waiting))  # what has come since runs in the next step, if it has a row
+        self.shares.check(state, 0 if was_left or self.parked else self.rows.num_free)
         self.shares.enter(state)
         state.status = Status.WAITING
         state.num_admitted_before = self.num_admitted
@@ -229,6 +231,7 @@ class Scheduler:
             budget.max_tokens, budget.room = min(budget.max_tokens, room), room
             budget.num_spent = sum(map(len, jumps))
             chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(decoding))))
+            self._num_left = len(self.waiting)
         if not len(decodes) and not chunks:
             return None
         self.admission.on_step()

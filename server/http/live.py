@@ -122,6 +122,7 @@ class LiveRequests:
         try:
             async for state in paced(states, num_a_pass=16):
                 bill(owner, [state])
+                state.joins_others = bool(accepted)
                 self.engine.submit(state)
                 accepted.append(state)
                 self._accepted[state.rid] = state
