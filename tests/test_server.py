@@ -701,8 +701,22 @@ async def test_the_cache_is_flushed_only_when_nothing_runs(engine: FakeEngine) -
         response = await client.post("/flush_cache")
         assert response.status == 400
         assert "1 requests are running" in (await response.json())["error"]["message"]
+        for timeout in ("-1", "nan", "soon", ""):
+            response = await client.post("/flush_cache", params={"timeout": timeout})
+            assert response.status == 400 and "timeout must be" in await response.text()
+        tries: asyncio.Queue[bool] = asyncio.Queue()
+        flush = engine.flush_cache
+
+        def flush_cache() -> bool:
+            tries.put_nowait(is_flushed := flush())
+            return is_flushed
+
+        engine.flush_cache = flush_cache  # type: ignore[method-assign]
+        waiting = asyncio.create_task(client.post("/flush_cache?timeout=600"))
+        assert [await tries.get() for _ in range(2)] == [False, False]
         engine.abort_all()
         await busy
+        assert (await waiting).status == 200
 
 
 async def test_a_rid_aborts_all_answers_made_of_it(engine: FakeEngine) -> None:

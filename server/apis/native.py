@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import time
 from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
@@ -18,6 +19,8 @@ from server.reading.chat import Chats
 from server.reading.protocol import json_response, native_error, read_body
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
+FLUSH_POLL_S = 0.02
+MAX_FLUSH_S = 3600.0
 
 
 class AbortRequest(Object):
@@ -126,8 +129,12 @@ class NativeApi:
             ]
         )
 
-    async def flush_cache(self, _: web.Request) -> web.Response:
-        if self.engine.flush_cache():
+    async def flush_cache(self, http_request: web.Request) -> web.Response:
+        """Forget the cached prefixes, once nothing runs within the `timeout` of the query, in seconds."""
+        deadline = time.monotonic() + _seconds(http_request.query.get("timeout", "0"))
+        while not (is_flushed := self.engine.flush_cache()) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(FLUSH_POLL_S)
+        if is_flushed:
             return web.Response(text="Cache flushed.\n")
         health = self.engine.health()
         message = f"cache not flushed: {health.num_running} requests are running and {health.num_queued} are waiting"
@@ -158,3 +165,14 @@ def _version() -> str:
         return version("radixloop")
     except PackageNotFoundError:  # run from a checkout
         return "unknown"
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_FLUSH_S:
+        rule = f"a number of seconds from 0 to {MAX_FLUSH_S:.0f}"
+        raise InvalidRequest(f"timeout must be {rule}, got {text[:20]!r}", "timeout")
+    return seconds

@@ -92,8 +92,9 @@ GENERATE = Operation(
     one_of(ref("GenerateAnswer"), array(ref("GenerateAnswer"))), is_streaming=True, statuses=(429,),
 )  # fmt: skip
 FLUSH = Operation(
-    "Forget every cached prefix, unless something runs", "server", media_type="text/plain", statuses=(400,)
-)
+    "Forget every cached prefix, unless something runs", "server", media_type="text/plain", statuses=(400,),
+    parameters=({"name": "timeout", "in": "query", "schema": {"type": "number", "minimum": 0, "maximum": 3600}},),
+)  # fmt: skip
 ABORT = Operation("End a request, or all", "server", AbortRequest, media_type="text/plain")
 START_PROFILE = Operation("Begin to record what host and device do", "server", media_type="text/plain", statuses=(400,))
 STOP_PROFILE = Operation("Write what was recorded to a file", "server", answer=obj({"path": STRING}), statuses=(400,))
