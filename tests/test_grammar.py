@@ -529,6 +529,24 @@ def test_xgrammar_leaves_out_what_it_cannot_hold_of_a_schema_that_is_not_strict(
         compiler.compile("structural_tag", json.dumps({"format": tag_of_schema({**schema, "x-strict": True})}))
 
 
+def test_keywords_that_are_null_are_not_there(tokenizer: Tokenizer, backend: str) -> None:
+    """Go's, .NET's and others' libraries write every field that they have."""
+    unset = dict.fromkeys(
+        ("enum", "items", "required", "additionalProperties", "pattern", "minimum", "$ref", "default")
+    )
+    properties = {"a": {**unset, "type": "string"}, "b": {**unset, "type": "array", "properties": None}, "c": None}
+    schema = {**unset, "type": "object", "properties": properties, "anyOf": None}
+    matcher = compiler_for(tokenizer, EOS, backend).compile("json_schema", json.dumps(schema)).start
+    for text, is_right in (('{"a":"x","b":[1],"c":2}', True), ('{"a":1}', False), ('{"b":{}}', False)):
+        following = matcher.deep_copy()
+        assert all(map(following.consume_token, tokenizer.encode(text, False))) == is_right, text
+    nothing = {"type": "object", "properties": None, "required": None, "additionalProperties": False}
+    matcher = compiler_for(tokenizer, EOS, backend).compile("json_schema", json.dumps(nothing)).start
+    assert all(map(matcher.consume_token, tokenizer.encode("{}", False)))
+    matcher = compiler_for(tokenizer, EOS, backend).compile("json_schema", '{"const": null}').start
+    assert all(map(matcher.consume_token, tokenizer.encode("null", False)))
+
+
 def tag_of_schema(schema: dict[str, Any]) -> dict[str, Any]:
     content = {"type": "json_schema", "json_schema": schema, "field": "tools[0]"}
     return {"type": "tag", "begin": "<f>", "content": content, "end": ";"}

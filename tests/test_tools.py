@@ -1,7 +1,7 @@
 """Tools and reasoning through the chat API: what clients get, and what grammars hold models to."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +524,28 @@ async def test_a_tools_name_that_cannot_be_is_refused_as_the_client_spelled_it(
     response = await client.post(path, json={"messages": USER, **body})
     assert response.status == 400
     assert (await response.json())["error"]["message"].startswith("tools[0].name must be 1 to 128 letters")
+
+
+@pytest.mark.parametrize(
+    ("path", "offered", "name"),
+    [
+        ("/v1/messages", lambda name, schema: {"name": name, "input_schema": schema}, "input_schema"),
+        ("/v1/responses", lambda name, schema: {"type": "function", "name": name, "parameters": schema}, "parameters"),
+        (
+            "/v1/chat/completions",
+            lambda name, schema: {"type": "function", "function": {"name": name, "parameters": schema}},
+            "function.parameters",
+        ),
+    ],
+)
+async def test_what_is_wrong_within_a_tools_schema_is_named_as_the_client_spelled_it(
+    client: Client, path: str, offered: Callable[[str, Any], Any], name: str
+) -> None:
+    for schema, field in (({"type": "string"}, ".type"), ({"properties": []}, ".properties"), (5, "")):
+        tools = [offered("a", CITY), offered("b", schema)]
+        response = await client.post(path, json={"messages": USER, "input": "Hi", "max_tokens": 5, "tools": tools})
+        assert response.status == 400
+        assert (await response.json())["error"]["message"].startswith(f"tools[1].{name}{field} must be ")
 
 
 async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:

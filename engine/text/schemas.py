@@ -94,13 +94,27 @@ def exact(schema: Schema, is_covered: Callable[[str, list[str]], bool]) -> Schem
 
 
 def without_annotations(schema: Schema) -> Schema:
-    """Return `schema` without the keywords that say nothing about answers."""
+    """Return `schema` without the keywords that say nothing about answers, those that are null among them.
+
+    No keyword but const may be null: libraries that write every field that they have say so of those that are not set.
+    """
 
     def change(inner: Schema) -> Schema:
-        return {name: value for name, value in inner.items() if not _is_annotation(name)}
+        return {
+            name: _without_nulls(value) if name in NAMED else value
+            for name, value in inner.items()
+            if not _is_annotation(name) and (value is not None or name == "const")
+        }
 
     changed: Schema = change_all(schema, change)
     return changed
+
+
+def _without_nulls(schemas: Any) -> Any:
+    """Return schemas by name, with any value where there is null for one."""
+    if not isinstance(schemas, dict):
+        return schemas
+    return {name: {} if schema is None else schema for name, schema in schemas.items()}
 
 
 def _is_annotation(keyword: str) -> bool:

@@ -17,7 +17,7 @@ import xgrammar
 
 from engine.errors import InvalidRequest
 from engine.text.grammar import WORD_BITS, GrammarCompiler, MaskFiller
-from engine.text.schemas import change_all, is_strict
+from engine.text.schemas import change_all, is_strict, without_annotations
 from engine.text.structural_tag import LARK, LARK_STRING, MAX_DEPTH
 
 KEYWORDS_OF = {
@@ -187,6 +187,7 @@ def _held_grammar(schema: Any, field: str | None = None) -> Any:
 
     field: what the client calls the schema. Raises `InvalidRequest` that names it.
     """
+    schema = without_annotations(schema) if isinstance(schema, dict) else schema
     forms = [schema]
     if isinstance(schema, dict) and not is_strict(schema):
         forms += [change_all(schema, _held), {"type": "object"} if schema.get("type") == "object" else {}]

@@ -30,6 +30,7 @@ MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
 UNTYPED = "/api/"  # Ollama's paths, whose bodies are JSON whatever their type: curl names none in its examples
 PLACE = re.compile(r"\[\d+\]")  # in a list
+PART = re.compile(r"[.\[]")  # where a part of a field's name begins
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
@@ -127,13 +128,21 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         ours = error.field or ""
-        theirs = names.get(ours)
-        if theirs is None and (place := PLACE.search(ours)):
-            theirs = names.get(ours.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
-        if not theirs:
-            raise
-        error.args, error.field = (str(error).replace(ours, theirs, 1),), theirs
+        if theirs := _theirs(ours, names):
+            error.args, error.field = (str(error).replace(ours, theirs, 1),), theirs
         raise
+
+
+def _theirs(ours: str, names: Mapping[str, str]) -> str:
+    """Return the client's name of a field, by the longest part of it that has one; empty: it is ours."""
+    for end in (len(ours), *(part.start() for part in reversed(list(PART.finditer(ours))))):
+        head, place = ours[:end], PLACE.search(ours[:end])
+        theirs = names.get(head)
+        if theirs is None and place:
+            theirs = names.get(head.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
+        if theirs:
+            return theirs + ours[end:]
+    return ""
 
 
 async def read_body(request: web.Request, kind: type[Body]) -> Body:
