@@ -33,9 +33,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
-    from aiohttp.test_utils import TestClient
+    import openai
 
     from engine.schedule.scheduler import Scheduler
+    from tests.client import Client
     from tests.fake_engine import FakeEngine
 
 torch.set_num_threads(1)
@@ -376,9 +377,18 @@ async def engine() -> "FakeEngine":
 
 
 @pytest.fixture
-async def client(engine: "FakeEngine") -> "AsyncIterator[TestClient[Any, Any]]":
+async def client(engine: "FakeEngine") -> "AsyncIterator[Client]":
     """Yield a client of a server around `engine`."""
     from tests.fake_engine import serving
 
     async with serving(engine) as client:
         yield client
+
+
+@pytest.fixture
+async def api(client: "Client") -> "AsyncIterator[openai.AsyncOpenAI]":
+    """Yield OpenAI's own client of that server."""
+    from tests.client import official
+
+    async with official(client) as api:
+        yield api

@@ -407,11 +407,3 @@ async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[An
         config = ServerConfig(model_path="fake-model", **{"file_storage_path": folder, **options})
         async with TestClient(TestServer(build_app(engine, config))) as client:
             yield client
-
-
-def events_of(body: bytes) -> list[str]:
-    """Return the data of each server-sent event."""
-    events = body.decode().split("\n\n")
-    assert events.pop() == ""
-    assert all(event.startswith("data: ") for event in events)
-    return [event.removeprefix("data: ") for event in events]

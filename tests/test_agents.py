@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
-from aiohttp.test_utils import TestClient
 
 from bench import agent
 from engine.declared import convert
@@ -19,18 +17,14 @@ from server.reading.openai_body import ChatFields
 from server.reading.responses import read_input
 from server.reading.responses_tools import Tools
 from server.reading.tool_choice import read_tool_choice
+from tests.client import official
 from tests.fake_engine import PARSERS, FakeEngine, serving
 from tests.test_engine import running_engine
 
-Client = TestClient[Any, Any]
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 PNG = {"type": "base64", "media_type": "image/png", "data": "aGk="}
 UNSEEN = "cannot be shown to this model, which reads text only"
 EPHEMERAL = {"type": "ephemeral", "ttl": "1h"}
-
-
-def official(client: Client) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import anthropic
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.declared import convert
 from engine.errors import InvalidRequest
@@ -15,9 +14,9 @@ from server.reading.left_out import LeftOut
 from server.reading.messages import chat_body
 from server.reading.messages_body import MessagesRequest
 from server.reading.messages_tools import MessagesTools
+from tests.client import Client
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {"name": "weather", "description": "Of a city", "input_schema": {"type": "object", "properties": {}}}
 ADAPTIVE: Any = {"type": "adaptive"}

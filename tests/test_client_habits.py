@@ -16,17 +16,11 @@ from engine.text.stops import StopScanner
 from server.app import build_app
 from server.config import ServerConfig
 from server.reading.mending import mended
-from tests.fake_engine import FakeEngine, events_of, serving
+from tests.client import Client, events_of, post
+from tests.fake_engine import FakeEngine, serving
 from tests.test_engine import running_engine
 
-Client = TestClient[Any, Any]
 USER = [{"role": "user", "content": "Hi"}]
-
-
-async def post(client: Client, path: str, **body: Any) -> Any:
-    response = await client.post(path, json=body)
-    assert response.status == 200, await response.text()
-    return await response.json()
 
 
 async def events(client: Client, path: str, **body: Any) -> list[Any]:

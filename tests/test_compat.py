@@ -14,36 +14,21 @@ import pydantic
 import pytest
 import torch
 from aiohttp import FormData
-from aiohttp.test_utils import TestClient
 
 from server.config import ServerConfig, parse_args
 from server.fleet.router import RouterConfig
 from server.foreign_flags import ANY, ForeignFlag
 from server.foreign_tables import ROUTER_FLAGS, SERVER_FLAGS
 from server.http.live import MANY_LOGPROBS
-from tests.fake_engine import PARSERS, FakeEngine, events_of, serving
+from tests.client import Client, events, post
+from tests.fake_engine import PARSERS, FakeEngine, serving
 from tests.test_engine import running_engine
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
-
-
-async def post(client: Client, path: str, **body: Any) -> Any:
-    response = await client.post(path, json=body)
-    assert response.status == 200, await response.text()
-    return await response.json()
-
-
-async def chunks(client: Client, path: str, **body: Any) -> list[Any]:
-    response = await client.post(path, json={**body, "stream": True})
-    assert response.status == 200, await response.text()
-    *found, done = events_of(await response.read())
-    assert done == "[DONE]"
-    return [json.loads(event) for event in found]
 
 
 # ---- SGLang's front end: what sglang.RuntimeEndpoint asks ----
@@ -83,7 +68,7 @@ async def test_every_sampling_field_of_the_front_end_is_known(client: Client, en
         "ignore_eos": True, "regex": None, "json_schema": None, "skip_special_tokens": True,
         "spaces_between_special_tokens": False,
     }  # fmt: skip
-    *_, last = await chunks(client, "/generate", text="Hi", sampling_params=sampling)
+    *_, last = await events(client, "/generate", text="Hi", sampling_params=sampling)
     assert last["text"] == "Hello, w"
     assert engine.requests[0].sampling_params.stop_regex == ["y+"]
 
@@ -191,7 +176,7 @@ async def test_usage_can_come_with_each_chunk(engine: FakeEngine, parsers: dict[
     async with serving(engine, **parsers) as client:
         options = {"include_usage": True, "continuous_usage_stats": True}
         body = {"messages": USER, "max_tokens": 3, "stream_options": options}
-        _, *middle, _, total = await chunks(client, "/v1/chat/completions", **body)
+        _, *middle, _, total = await events(client, "/v1/chat/completions", **body)
     assert [chunk["usage"]["completion_tokens"] for chunk in middle] == [1, 2, 3]
     assert all(chunk["usage"]["prompt_tokens"] == 19 for chunk in middle)
     assert total["choices"] == [] and total["usage"]["total_tokens"] == 22

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from server.reading.left_out import HEADER
+from tests.client import official
 from tests.fake_engine import PARSERS, FakeEngine, serving
-from tests.test_agents import SCHEMA, call_of, official
+from tests.test_agents import SCHEMA, call_of
 from tests.test_engine import running_engine
 
 USER: list[Any] = [{"role": "user", "content": "Hi"}]

@@ -21,6 +21,7 @@ from engine.schedule.scheduler import Scheduler
 from engine.state import RequestState
 from server.app import build_app
 from server.config import ServerConfig
+from tests.client import post
 from tests.fake_engine import FakeEngine, FakeModel, serving
 from tests.test_engine import running_engine
 
@@ -173,12 +174,6 @@ async def client_of(folder: Path, tmp_path: Path, **options: Any) -> AsyncIterat
         config = ServerConfig(model_path=str(folder), served_model_name=["m"], file_storage_path=str(tmp_path))
         async with TestClient(TestServer(build_app(engine, config))) as client:
             yield client
-
-
-async def post(client: TestClient[Any, Any], path: str, **body: Any) -> Any:
-    response = await client.post(path, json=body)
-    assert response.status == 200, await response.text()
-    return await response.json()
 
 
 def unit(vector: Any) -> np.ndarray:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from engine.declared import MAX_INT, Object, Unsupported
 from server.watch.openapi import OPERATIONS, routes_of
-from tests.fake_engine import SeeingEngine, events_of, serving
+from tests.client import events_of
+from tests.fake_engine import SeeingEngine, serving
 from tests.test_router import routing, url_of
 
 PATIENCE_S = 60.0

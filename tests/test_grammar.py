@@ -28,7 +28,7 @@ from engine.text.grammar import Grammar, GrammarCompiler, GrammarError, MaskFill
 from engine.text.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
 from server.config import ServerConfig
-from tests.fake_engine import events_of
+from tests.client import events_of
 from tests.test_engine import NUM_NEW_TOKENS, collect, make_state, running_engine
 
 EOS = 2

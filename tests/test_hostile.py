@@ -25,7 +25,6 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient
 
 from bench.worst import AROUND_PROMPT
 from engine.request import Request, SamplingParams
@@ -39,9 +38,9 @@ from server.http.intake import Acceptor
 from server.http.malformed import AIOHTTP_LOGGER, shorten_malformed
 from server.reading import protocol
 from server.watch.heap import Heap, resident_bytes, trim_heap
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 
-Client = TestClient[Any, Any]
 ROOT = Path(__file__).parent.parent
 
 

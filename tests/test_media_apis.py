@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
 from PIL import Image as Pillow
 
 from engine.media import CUT, Image, Video
@@ -16,9 +15,9 @@ from server.apis import sessions
 from server.apis.kept_images import GONE, KeptImages
 from server.apis.response_store import ResponseStore
 from server.http.bodies import BODY_BUDGET
+from tests.client import Client
 from tests.fake_engine import FakeEngine, FakeTokenizer, SeeingEngine, serving
 
-Client = TestClient[Any, Any]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 MODEL = {"model": "fake-model"}
 

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp.test_utils import TestClient
 from PIL import Image as Pillow
 
 from server.http.bodies import BODY_BUDGET
-from tests.fake_engine import events_of, serving
+from tests.client import Client, events_of, post
+from tests.fake_engine import serving
 from tests.test_engine import running_engine
 from tests.test_media_reading import png_of_size, webp_of_size
 from tests.vision_models import IMAGE, VISION_END, VISION_START, make_vision_model, picture
 
-Client = TestClient[Any, Any]
 PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
 GREEDY: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 8}
 
@@ -44,13 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def client(folder: Path) -> AsyncIterator[Client]:
     async with running_engine(folder) as engine, serving(engine) as client:
         yield client
-
-
-async def post(client: Client, path: str, **body: Any) -> Any:
-    response = await client.post(path, json=body)
-    text = await response.text()
-    assert response.status == 200, text
-    return json.loads(text)
 
 
 def chat(image: str, **more: Any) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from server.pages.page import FOLDER
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor, percentile
 from server.watch.processes import ProcessWatch
-from tests.fake_engine import FakeEngine, events_of, serving
-
-Client = TestClient[Any, Any]
+from tests.client import Client, events_of, post
+from tests.fake_engine import FakeEngine, serving
 
 
 @pytest.fixture
@@ -39,12 +38,6 @@ def engine() -> FakeEngine:
 async def client(engine: FakeEngine) -> AsyncIterator[Client]:
     async with serving(engine, enable_metrics=True) as client:
         yield client
-
-
-async def post(client: Client, path: str, **body: Any) -> Any:
-    response = await client.post(path, json=body)
-    assert response.status == 200, await response.text()
-    return await response.json()
 
 
 # ---- /metrics ----

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.local import LocalEngine
 from server.__main__ import example_request, warm_up
-from tests.fake_engine import events_of, serving
+from tests.client import Client, events_of
+from tests.fake_engine import serving
 from tests.test_engine import running_engine
 
-Client = TestClient[Any, Any]
 PROMPT = [5, 6, 7, 8]
 PARAMS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 BODY: dict[str, Any] = {"input_ids": PROMPT, "sampling_params": PARAMS}

@@ -10,10 +10,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from engine.state import FinishReason
 from server.app import build_app
 from server.config import ServerConfig
+from tests.client import Client
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 from tests.test_engine import running_engine
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 

@@ -1,39 +1,18 @@
 """The OpenAI API, through its own client where that can say what is meant."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.state import FinishReason
 from server.apis.openai_answers import NO_REASONING
-from tests.fake_engine import FakeEngine, events_of, serving
+from tests.client import Client, events, official
+from tests.fake_engine import FakeEngine, serving
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture
-async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with official(client) as api:
-        yield api
-
-
-def official(client: Client) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60)
-
-
-async def events(client: Client, path: str, **body: Any) -> list[Any]:
-    response = await client.post(path, json={**body, "stream": True})
-    assert response.status == 200, await response.text()
-    *found, done = events_of(await response.read())
-    assert done == "[DONE]"
-    return [json.loads(event) for event in found]
 
 
 # ---- chat ----

@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import TestClient
 from yarl import URL
 
 from engine.request import Request, SamplingParams
@@ -23,9 +22,8 @@ from server.http import keys
 from server.http.keys import KeyRing
 from server.http.owners import MAX_OWN_PRIORITY
 from server.watch.openapi import routes_of
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
-
-Client = TestClient[Any, Any]
 
 KEYS = "alice: sk-alice\nbob: {key: sk-bob, weight: 3}\nroot: {key: sk-root, admin: true}\n"
 

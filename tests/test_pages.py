@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
 
 from server.pages.page import FOLDER, Page
 from server.watch.meanings import ANSWERS, MEANINGS
 from server.watch.openapi import BODIES
 from server.watch.schemas import COMPONENTS
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 
-Client = TestClient[Any, Any]
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 PAGES = ["/", "/docs", "/dashboard"]
 

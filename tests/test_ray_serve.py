@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import unused_port
 
-from tests.fake_engine import events_of
+from tests.client import events_of
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")

@@ -2,12 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.declared import convert
 from engine.errors import InvalidRequest
@@ -17,9 +15,9 @@ from server.reading.left_out import LeftOut
 from server.reading.responses import chat_body, configure, read_input
 from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import Tools
+from tests.client import Client, official
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
-Client = TestClient[Any, Any]
 TOOL: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": None}
 
 
@@ -40,16 +38,6 @@ def _models_of_the_official_client() -> None:
 @pytest.fixture
 async def engine() -> FakeEngine:
     return FakeEngine(context_length=1024)
-
-
-@pytest.fixture
-async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with official(client) as api:
-        yield api
-
-
-def official(client: Client, key: str = "none") -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key=key, max_retries=0, timeout=60)
 
 
 async def events(client: Client, **body: Any) -> list[Any]:

@@ -20,10 +20,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from engine.replicas.balance import METHODS
 from server.fleet.prompts import prompt_of
 from server.fleet.router import Router, RouterConfig, main
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import reserved_port
 
-Client = TestClient[Any, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LONG = "A long text that several questions are about. " * 20
 

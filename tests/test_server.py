@@ -30,11 +30,10 @@ from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.sse import HIGH_WATER_BYTES, EventStream
 from server.parsers.tool_calls import json_of
-from tests.fake_engine import FakeEngine, events_of, serving
+from tests.client import Client, events_of
+from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import reserved_port, wait_until
 from tests.test_engine import running_engine
-
-Client = TestClient[Any, Any]
 
 
 async def generate(client: Client, **body: Any) -> Any:

@@ -10,10 +10,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from engine.state import FinishReason
 from server.app import build_app
 from server.config import ServerConfig
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 from tests.test_engine import running_engine
-
-Client = TestClient[Any, Any]
 
 
 async def post(client: Client, path: str, **body: Any) -> tuple[int, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 import pytest
-from aiohttp.test_utils import TestClient
 from rich.console import Console
 
 from engine.errors import InvalidRequest
@@ -19,9 +18,9 @@ from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
 from server.reading.protocol import JSON
 from server.reading.templates import TemplateTraits, find_traits, shaped
 from server.reading.tool_prompt import with_calls_as_text
-from tests.fake_engine import FakeEngine, FakeTokenizer, events_of, serving
+from tests.client import Client, events_of
+from tests.fake_engine import FakeEngine, FakeTokenizer, serving
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Weather?"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION: JSON = {"name": "weather", "description": "Tell it.", "parameters": CITY}

@@ -7,7 +7,6 @@ from typing import Any
 
 import openai
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.config import EngineConfig
 from engine.local import LocalEngine
@@ -16,9 +15,9 @@ from engine.text.tokenizer import Tokenizer
 from server.parsers import AnswerParser
 from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
 from server.reading.tool_choice import ToolChoice, structural_tag, tool_constraint
-from tests.fake_engine import FakeEngine, events_of, serving
+from tests.client import Client, events
+from tests.fake_engine import FakeEngine, serving
 
-Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
@@ -43,13 +42,6 @@ async def client(engine: FakeEngine) -> AsyncIterator[Client]:
         yield client
 
 
-@pytest.fixture
-async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
-    base_url = str(client.make_url("/v1"))
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60) as api:
-        yield api
-
-
 async def ask(client: Client, **body: Any) -> Any:
     response = await client.post("/v1/chat/completions", json={"messages": USER, **body})
     assert response.status == 200, await response.text()
@@ -57,11 +49,7 @@ async def ask(client: Client, **body: Any) -> Any:
 
 
 async def chunks(client: Client, **body: Any) -> list[Any]:
-    response = await client.post("/v1/chat/completions", json={"messages": USER, "stream": True, **body})
-    assert response.status == 200, await response.text()
-    *found, done = events_of(await response.read())
-    assert done == "[DONE]"
-    return [json.loads(event) for event in found]
+    return await events(client, "/v1/chat/completions", **({"messages": USER} | body))
 
 
 def tag_of(engine: FakeEngine) -> Any:

@@ -3,21 +3,19 @@
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.config import ServerConfig, parse_args
 from server.http.tracing import MAX_TRACED, TracingUnavailable, check_tracing, protocol_of
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import ROOT
 
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-Client = TestClient[Any, Any]
 
 
 @pytest.fixture

@@ -7,15 +7,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import TestClient
 
 from engine.media import Image
 from engine.state import RequestState
 from server.media.limits import MAX_FILE_BYTES
+from tests.client import Client
 from tests.fake_engine import SeeingEngine, serving
 from tests.test_media_apis import BLUE, RED, png, uri
 
-Client = TestClient[Any, Any]
 KEYS = "alice: sk-alice\nbob: sk-bob\nroot: {key: sk-root, admin: true}\n"
 ALICE, BOB, ROOT = ({"Authorization": f"Bearer sk-{name}"} for name in ("alice", "bob", "root"))
 

@@ -20,10 +20,9 @@ from bench.worst import Worst, grammars, spellings, with_fields, worst_bodies
 from engine.local import LocalEngine
 from server.app import build_app
 from server.config import ServerConfig
+from tests.client import Client
 from tests.fake_engine import FakeEngine, serving
 from tests.test_engine import collect, make_state, running_engine
-
-Client = TestClient[Any, Any]
 
 BY_KIND: defaultdict[str, list[Worst]] = defaultdict(list)
 for one in worst_bodies(1 / 1024):
