@@ -1,11 +1,10 @@
 """Building an engine: from a configuration to the parts that run."""
 
 import gc
-import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,14 @@ from cache.pool import CachePool
 from cache.radix import NoCache, RadixCache
 from cache.window import WindowSlots
 from cache.window_radix import WindowRadixCache
-from engine.checkpoint.folder import resolve_model, resolve_tokenizer
+from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights, pack_weights
 from engine.config import EngineConfig
-from engine.config_file import parse_overrides
-from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig
-from engine.model_config import TURN_ENDS, ModelConfig, turn_ends
+from engine.machine import check_positions, describe_backends, resolve_config
+from engine.model_config import ModelConfig
+from engine.model_files import load_model_files, new_grammars, new_reader
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.rank_maintenance import RankMaintenance
@@ -36,32 +35,25 @@ from engine.ranks.nodes import gloo_interface
 from engine.ranks.placement import stay_near
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
-from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
+from engine.sizes import Sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens
 from engine.step.batch import Stager
 from engine.step.cuda_graph import GraphSizes
-from engine.step.host_memory import available_host_memory
-from engine.step.memory import GIB, MemoryBudget, plan_memory
+from engine.step.memory import MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
 from engine.step.warmup import bytes_per_token, compile_kernels, load_kernels, measure_step
 from engine.step.window_memory import KVSplit, max_window
 from engine.text.grammar import GrammarCompiler, MaskFiller
-from engine.text.no_tokenizer import NoTokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.vision.reader import MediaReader, load_reader
+from engine.vision.reader import MediaReader
 from engine.vision.tower import Tower, load_tower
-from kernels import hopper
-from kernels.attention import choose_backend
-from kernels.card import OLDEST_E4M3, card_of
 from kernels.compilers import end_compilers
-from kernels.dense import SKINNY_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 MIB = 1 << 20
-ANGLE_BYTES = 10  # of a position and a rotated dimension, while cosines and sines are computed in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,113 +72,6 @@ class EngineParts:
     ranks: Ranks | None  # the other ones
     reader: MediaReader | None  # of pictures, where the model reads any
     tower: Tower | None  # likewise
-
-
-def resolve_config(config: EngineConfig) -> EngineConfig:
-    """Return `config` with everything decided that depends on the machine alone."""
-    device = device_of(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
-    check_sizes(config)
-    cuda_bytes = None
-    if device.type == "cuda":
-        device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
-        check_gpus(device.index, config.ranks_per_node)
-        properties = torch.cuda.get_device_properties(device)
-        check_kv_dtype(config.kv_cache_dtype, (properties.major, properties.minor))
-        cuda_bytes = properties.total_memory
-    if config.grammar_backend == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
-        raise ModelError("--grammar-backend xgrammar needs xgrammar: pip install 'radixloop[xgrammar]'")
-    try:
-        backend = choose_backend(config.attention_backend, device)
-    except ValueError as error:
-        raise ModelError(str(error)) from None
-    sampling_backend = config.sampling_backend
-    if sampling_backend == "flashinfer":
-        logger.warning("sampling backend 'flashinfer' is not used: Triton's kernels, which sort nothing either, serve")
-        sampling_backend = "triton"
-    return resolve_sizes(config, cuda_bytes).replace(
-        device=str(device),
-        base_gpu_id=device.index or 0,
-        attention_backend=backend,
-        sampling_backend=sampling_backend,
-        random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
-    )
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device of that name. Raises `ModelError` if this engine does not run on it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # nor on this one
-    if device.type not in ("cuda", "cpu"):
-        raise ModelError(f"--device must be cuda, cuda:NUMBER or cpu, got {name!r}")
-    return device
-
-
-def check_gpus(first: int, count: int) -> None:
-    """Raise `ModelError` if this machine does not have GPUs `first` to `first` + `count` - 1."""
-    num_present = torch.cuda.device_count()
-    if first + count > num_present:
-        raise ModelError(
-            f"{count} GPUs are needed, from number {first} on (--tp-size, --dp-size, --base-gpu-id); "
-            f"this machine has {num_present}"
-        )
-
-
-def check_kv_dtype(name: str, capability: tuple[int, int]) -> None:
-    """Raise `ModelError` if kernels cannot read a cache of that dtype on a GPU of that compute capability."""
-    if name == "fp8_e4m3" and capability < OLDEST_E4M3:
-        (major, minor), (oldest, oldest_minor) = capability, OLDEST_E4M3
-        raise ModelError(
-            f"--kv-cache-dtype fp8_e4m3 needs a GPU of compute capability {oldest}.{oldest_minor}, this one has "
-            f"{major}.{minor}: fp8_e5m2 takes as little memory"
-        )
-
-
-def check_positions(model_config: ModelConfig) -> None:
-    """Raise `ModelError` if cosines and sines alone would exceed this host's memory, which Linux hands out."""
-    num_bytes = ANGLE_BYTES * model_config.context_length * model_config.rope.rotary_dim
-    available = available_host_memory()
-    if num_bytes > available:
-        raise ModelError(
-            f"--context-length {model_config.context_length} takes {num_bytes / GIB:.1f} GiB for positions alone, and "
-            f"{available / GIB:.1f} GiB of memory are left"
-        )
-
-
-def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: bool = False) -> dict[str, str]:
-    """Return for each operation which implementation serves it, and why.
-
-    config: resolved. has_corun: steps may be split (`kernels.corun`).
-    """
-    if device.type == "cpu":
-        return {"all operations": "torch (the one for a CPU)"}
-    attention = {
-        "triton": "Triton (compiles in seconds, on any GPU)",
-        "flashinfer": "FlashInfer for prompts (as asked), Triton in CUDA graphs and for single tokens (needs no plan)",
-        "torch": "torch (as asked; slow, and without CUDA graphs)",
-    }
-    products = f"cuBLAS; Triton for up to {SKINNY_MAX_TOKENS} tokens (near the memory's speed)"
-    if hopper.is_available(device):
-        products += "; gate and up by our own kernel (Hopper)"
-        attention["triton"] += "; prompts by our own kernel (Hopper)"
-    steps = "CUDA graphs; larger ones by kernel"
-    if config.disable_cuda_graph:
-        steps = "kernel by kernel (as asked)"
-    elif config.attention_backend == "torch":
-        steps = "kernel by kernel (torch's attention cannot be captured)"
-    if has_corun:
-        steps += "; attention of many decodes beside gate and up of prompts"
-    return {
-        "kernels by the limits of": card_of(device).describe(),
-        "attention": attention[config.attention_backend or "torch"],
-        "norms, rope, KV writes": "Triton (one pass each)",
-        "products": products,
-        "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
-        "steps": steps,
-    }
 
 
 def build(
@@ -417,65 +302,6 @@ def run_rank(
     follow(runner, plans, Follower(rank, store, maintenance))
     runner.close()
     comm.close()
-
-
-def load_model_files(folder: Path, config: EngineConfig) -> tuple[ModelConfig, Tokenizer]:
-    """Load all that the model in `folder` is but its weights; its tokenizer, unless --tokenizer-path names another."""
-    model_config = load_config(folder, config)
-    if config.skip_tokenizer_init:
-        return model_config, NoTokenizer()
-    tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
-    if "eos_token_id" not in parse_overrides(config.json_model_override_args):
-        model_config = with_tokenizers_ends(model_config, tokenizer)
-    if model_config.is_generation and not model_config.eos_token_ids:
-        logger.warning(
-            "no token is known to end an answer: answers go on to their longest. "
-            """Name one with --json-model-override-args '{"eos_token_id": ID}'"""
-        )
-    return model_config, tokenizer
-
-
-def new_reader(
-    config: EngineConfig, model_config: ModelConfig, folder: Path, tokenizer: Tokenizer
-) -> MediaReader | None:
-    """Return what reads pictures; None if nothing does. It writes them with a tokenizer, also where texts have none."""
-    if config.skip_tokenizer_init and model_config.vision:
-        try:
-            tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
-        except ModelError as error:
-            logger.warning("no pictures are read: %s", error)
-            return None
-    return load_reader(folder, model_config, tokenizer, config)
-
-
-def with_tokenizers_ends(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Return `model_config` with the tokenizer's eos token, and those that end a turn, among its end tokens.
-
-    Fine-tuned models often keep config.json's end of the base model, which they never generate.
-    """
-    known = {text: tokenizer.token_to_id(text) for text in TURN_ENDS}
-    found = [tokenizer.eos_token_id]
-    found += [known[text] for text in turn_ends({text for text, token_id in known.items() if token_id is not None})]
-    ids = [token_id for token_id in found if token_id is not None and token_id < model_config.vocab_size]
-    return replace(model_config, eos_token_ids=tuple(dict.fromkeys([*model_config.eos_token_ids, *ids])))
-
-
-def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:
-    """Return the compiler that --grammar-backend names, or None for "none", and without a tokenizer."""
-    if config.grammar_backend == "none" or config.skip_tokenizer_init:
-        return None
-    compiler_class: type[GrammarCompiler] = GrammarCompiler
-    if config.grammar_backend == "xgrammar":
-        from engine.text.xgrammar import XGrammarCompiler  # its library takes seconds to import
-
-        compiler_class = XGrammarCompiler
-    return compiler_class(
-        tokenizer.to_json(),
-        max(model_config.vocab_size, tokenizer.vocab_size),
-        [token for token in model_config.eos_token_ids if token < tokenizer.vocab_size],
-        tokenizer.backend.special_tokens,
-        tokenizer.token_bytes,
-    )
 
 
 def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> LayerConfig:

@@ -10,9 +10,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from engine.build import build, describe_backends, load_model_files, resolve_config
+from engine.build import build
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.machine import describe_backends, resolve_config
+from engine.model_files import load_model_files
 from engine.sizes import CUDA_MAX_STEP_MS
 from engine.step.batch import Stager
 from engine.step.model_runner import _new_stream
@@ -41,7 +43,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr("engine.build.card_of", lambda device: CARDS[80])
+    monkeypatch.setattr("engine.machine.card_of", lambda device: CARDS[80])
     monkeypatch.setattr(hopper, "is_available", lambda device: False)
     monkeypatch.setattr(flashinfer_attention, "is_available", lambda: (False, "flashinfer cannot be imported"))
 

@@ -23,11 +23,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from engine.build import build, resolve_config
+from engine.build import build
 from engine.checkpoint.folder import demo_file, unfinished_folder
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.local import LocalEngine
+from engine.machine import resolve_config
 from engine.sizes import check_sizes
 from server.__main__ import example_request, print_ready, warm_up
 from server.config import ServerConfig

@@ -13,9 +13,9 @@ import pytest
 import sentencepiece
 import tiktoken
 
-from engine.build import with_tokenizers_ends
 from engine.errors import InvalidRequest, ModelError
 from engine.model_config import turn_ends
+from engine.model_files import with_tokenizers_ends
 from engine.models.registry import load_config
 from engine.request import SamplingParams
 from engine.text.rank_file import KIMI, LLAMA_3, QWEN_2

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.build import check_gpus, load_model_files, new_grammars, new_reader, resolve_config
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
+from engine.machine import check_gpus, resolve_config
 from engine.model_config import ModelConfig
+from engine.model_files import load_model_files, new_grammars, new_reader
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from engine.vision.reader import MediaReader
