@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.structure import circles, imported_names
+
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "kernels": {"kernels"},
@@ -68,12 +70,8 @@ def imported_modules(source: str, package: str = "") -> Iterator[tuple[str, int]
     `from a import b` gives `a.b`: b may be a module. `package` is what a relative import starts from.
     """
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((name, node.lineno) for name in imported_names(node, package))
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
             yield "torch.cuda", node.lineno
 
@@ -106,25 +104,8 @@ def import_graph(*folders: str) -> dict[str, set[str]]:
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
-    """Return the sets of modules that import each other, directly or through others."""
-    reached: dict[str, set[str]] = {}
-    for module in graph:
-        reached[module], waiting = set(), [module]
-        while waiting:
-            found = graph[waiting.pop()] - reached[module]
-            reached[module] |= found
-            waiting += found
-    return sorted({tuple(sorted(b for b in reached[a] if a in reached[b])) for a in graph if a in reached[a]})
-
-
 def test_no_modules_import_each_other() -> None:
     assert circles(import_graph(*OURS, "bench", "tests")) == []
-
-
-def test_a_circle_of_any_length_is_found() -> None:
-    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e", "a"}}
-    assert circles(graph) == [("b", "c"), ("e", "f", "g")]
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
