@@ -1,6 +1,6 @@
 """Weights of different formats that are multiplied as one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
@@ -38,6 +38,10 @@ class MixedWeight(Weight):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for weight in self.weights:
             yield from weight.tensors()
+
+    @property
+    def storage(self) -> tuple[Hashable, ...]:
+        return tuple(weight.storage for weight in self.weights)
 
     def names_of(self, part: int) -> list[str]:
         return self.weights[part].names_of(0)

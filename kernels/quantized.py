@@ -9,7 +9,7 @@ into whose layout `pack` takes it.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,10 @@ class QuantizedWeight(Weight):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for field, tensor in self.fields.items():
             yield self._names[field], tensor
+
+    @property
+    def storage(self) -> tuple[Hashable, ...]:
+        return *super().storage, self.form
 
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.fields = {field: function(tensor) for field, tensor in self.fields.items()}

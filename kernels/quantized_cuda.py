@@ -6,7 +6,7 @@ cache.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -121,6 +121,10 @@ class CudaQuantizedWeight(Weight):
         for name in ("codes", "parameters", "scale", "order", "input_scale"):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
+
+    @property
+    def storage(self) -> tuple[Hashable, ...]:
+        return *super().storage, self.kind
 
     def tuning_shape(self, **fused: Any) -> WeightShape:
         return WeightShape(self.n, self.k, **fused, max_tokens=1, kind=self.kind)

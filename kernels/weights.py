@@ -5,7 +5,7 @@ A `Weight` hides its format. Layers ask for `product` and say by keyword what st
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -122,6 +122,11 @@ class Weight(ABC):
     def names_of(self, part: int) -> list[str]:  # noqa: ARG002
         """Return what a checkpoint calls the tensors of a part, as `tensors` does."""
         return [name for name, _ in self.tensors() if name]
+
+    @property
+    def storage(self) -> tuple[Hashable, ...]:
+        """Return how the matrix is stored: weights for which it is the same have the same kernels."""
+        return type(self), self.n, self.k, *((tensor.dtype, tensor.shape) for _, tensor in self.tensors())
 
     @abstractmethod
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from engine.step.model_runner import SingleTokens
 from engine.step.splitter import StepSplitter
 from engine.vision.families import FAMILIES
 from kernels.corun import Corun, CorunCosts
+from kernels.quantized import QuantizedWeight
+from kernels.quantized_format import Format
 
 MakeTinyModel = Callable[..., Path]
 
@@ -293,6 +296,20 @@ def test_kernels_are_found_out_by_blocks_of_each_kind_and_then_all_are_back(
     with decoder.few_layers():
         assert [layer.self_attn.config.window for layer in decoder.layers] == windows
     assert decoder.layers == layers and len(layers) == config.num_hidden_layers
+
+
+def test_blocks_whose_weights_are_stored_differently_are_not_of_a_kind(make_tiny_model: MakeTinyModel) -> None:
+    """A kernel that is loaded first in a CUDA graph's capture ends the start."""
+    import transformers
+
+    folder = make_tiny_model(transformers.LlamaConfig, "formats", num_hidden_layers=5)
+    config = load_config(folder, EngineConfig(dtype="float32"))
+    layers = build_model(config, LayerConfig(torch.float32)).model.layers
+    plain = layers[0].mlp.down_proj.weight
+    form = Format("int4", 32)
+    for block, other in zip(layers[2:], (form, replace(form, table="fp4"), replace(form, table="nf4")), strict=True):
+        block.mlp.down_proj.weight = QuantizedWeight(plain.parts, plain.k, torch.float32, other)
+    assert len({block.kind for block in layers}) == 4, "the first two alone are alike"
 
 
 def test_a_model_with_random_biases_uses_them(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:

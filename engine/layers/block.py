@@ -11,7 +11,7 @@ from cache.pool import CachePool
 from engine.layers.attention import AnyAttention, Attention
 from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
-from engine.layers.layer import Layer, LayerConfig
+from engine.layers.layer import Layer, LayerConfig, unique_layers
 from engine.layers.linear import Linear
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.moe import MoE
@@ -57,7 +57,9 @@ class Block(Layer):
     @property
     def kind(self) -> tuple[object, ...]:
         """Blocks of the same kind need the same kernels."""
-        return (type(self), type(self.mlp), self.self_attn.config)
+        linears = [layer for layer in unique_layers(self) if isinstance(layer, Linear)]
+        stored = [(linear.weight.storage, linear.bias is None) for linear in linears]
+        return (type(self), type(self.mlp), self.self_attn.config, *stored)
 
     @property
     def fuses_norms(self) -> bool:
