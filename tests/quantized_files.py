@@ -368,8 +368,11 @@ NF4 = torch.tensor([
 BNB_FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
 
 
-def nf4(*, double: bool, kind: str = "nf4") -> Write:
-    """double: scales are rounded to bytes, 256 of them with a scale and an offset. kind: or "fp4"."""
+def nf4(*, double: bool, kind: str = "nf4", storage: torch.dtype = torch.uint8) -> Write:
+    """double: scales are rounded to bytes, 256 of them with a scale and an offset. kind: or "fp4".
+
+    storage: what the file calls the bytes.
+    """
     meanings = NF4 if kind == "nf4" else BNB_FP4
 
     def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
@@ -377,7 +380,7 @@ def nf4(*, double: bool, kind: str = "nf4") -> Write:
         codes, num_scales = random_codes(4, n, k, random), n * k // 64
         state: Json = {"quant_type": kind, "blocksize": 64, "dtype": "float32", "shape": [n, k]}
         tensors = {
-            "weight": (16 * codes[:, ::2] + codes[:, 1::2]).to(torch.uint8).view(-1, 1),
+            "weight": (16 * codes[:, ::2] + codes[:, 1::2]).to(torch.uint8).view(storage).view(-1, 1),
             "weight.quant_map": meanings.clone(),
         }
         if double:
@@ -471,6 +474,10 @@ CASES: dict[str, Case] = {
     "bitsandbytes": Case(BITSANDBYTES, nf4(double=False)),
     "bitsandbytes, fp4": Case(BITSANDBYTES | {"bnb_4bit_quant_type": "fp4"}, nf4(double=False, kind="fp4")),
     "bitsandbytes, double": Case(BITSANDBYTES, nf4(double=True)),
+    "bitsandbytes, bytes named otherwise": Case(
+        BITSANDBYTES | {"bnb_4bit_quant_storage": "bfloat16"},
+        nf4(double=True, storage=torch.bfloat16),
+    ),
     "bitsandbytes but for some modules": Case(
         BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "0.mlp"]},
         but(nf4(double=True), {"0.mlp.up_proj": None, "0.mlp.gate_proj": None, "0.mlp.down_proj": None, "k_proj": None})
@@ -497,6 +504,13 @@ CASES: dict[str, Case] = {
     ),
     "gptq with its head": Case(
         gptq_config(desc_act=True, lm_head=True), gptq(desc_act=True), modules=WITH_HEAD
+    ),
+    "compressed-tensors, W8A16 with its embedding, tied": Case(
+        ct_config("pack-quantized", {}, config_groups={"group_0": {
+            "targets": ["Linear", "Embedding"], "weights": INT8 | {"strategy": "channel", "symmetric": True}}}),
+        compressed(8, group=None),
+        model='{"tie_word_embeddings": true}',
+        modules=r"_proj$|embed_tokens$",
     ),
     "compressed-tensors, FP8 with its head": Case(
         ct_config("float-quantized", FLOAT8 | {"strategy": "tensor"}, ignore=[]), fp8(of_all), modules=WITH_HEAD
@@ -530,6 +544,31 @@ CASES: dict[str, Case] = {
     "auto-round, its own packing": Case(
         {"quant_method": "auto-round", "bits": 3, "group_size": GROUP, "sym": False, "packing_format": "auto_round"},
         gptq(3, zero_offset=0),
+    ),
+    "auto-round, MXFP4": Case(
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp", "act_bits": 4,
+         "packing_format": "auto_round:llm_compressor"},
+        fp4("weight_packed", 32),
+    ),
+    "auto-round, NVFP4 and MXFP8": Case(
+        {"quant_method": "auto-round", "bits": 4, "group_size": 16, "data_type": "nv_fp", "act_bits": 4,
+         "act_data_type": "nv_fp4_with_static_gs", "packing_format": "auto_round:llm_compressor",
+         "extra_config": {".*down_proj": {"bits": 8, "group_size": 32, "data_type": "mx_fp"},
+                          ".*o_proj": {"bits": 16, "data_type": "float"}}},
+        but(fp4("weight_packed", 16, "weight_global_scale", inverse=True),
+            {"down_proj": write_mxfp8, "o_proj": None}),
+    ),
+    "auto-round, FP8 static": Case(
+        {"quant_method": "auto-round", "bits": 8, "group_size": -1, "data_type": "fp", "act_bits": 8,
+         "act_dynamic": False, "packing_format": "auto_round:fp8_static"},
+        fp8(of_rows, shaped=torch.squeeze, input_scale=INPUT_SCALE),
+        static_fp8,
+    ),
+    "auto-round, FP8 in blocks": Case(
+        {"quant_method": "auto-round", "bits": 8, "group_size": [BLOCK, BLOCK], "data_type": "fp", "act_bits": 8,
+         "act_dynamic": True, "packing_format": "auto_round:fp8", "weight_block_size": [BLOCK, BLOCK]},
+        fp8(of_blocks, "weight_scale_inv"),
+        by_token_in_blocks,
     ),
     "auto-round as awq": Case(
         {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "packing_format": "auto_round:auto_awq"},
@@ -620,6 +659,25 @@ CASES: dict[str, Case] = {
     "modelopt, NVFP4": Case(
         {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]},
         fp4("weight", 16, "weight_scale_2"),
+    ),
+    "modelopt, mixed, with embedding and head": Case(
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+            "model.embed_tokens": {"quant_algo": "NVFP4", "group_size": 16},
+            "model.layers.0": {"quant_algo": "W4A16_NVFP4"},
+            "model.layers.1.mlp": {"quant_algo": "W4A8_NVFP4_FP8", "group_size": 32},
+            "model.layers.1.self_attn": {"quant_algo": "UNQUANTIZED"},
+            "lm_head": {"quant_algo": "MXFP8"},
+        }},
+        but(fp4("weight", 16, "weight_scale_2"), {
+            "lm_head": write_mxfp8,
+            **{f"1.mlp.{one}_proj": fp4("weight", 32, "weight_scale_2") for one in ("gate", "up", "down")},
+            **dict.fromkeys([f"1.self_attn.{one}_proj" for one in "qkvo"], None),
+        }),
+        modules=r"_proj$|^lm_head$|embed_tokens$",
+    ),
+    "modelopt, a cache alone": Case(
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []},
+        lambda module, weight, random: ({"weight": weight}, None),
     ),
     "quark": Case(
         {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {

@@ -386,7 +386,8 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
         (torchao_config("Float8StaticActivationFloat8WeightConfig"), "Float8StaticAct.* not supported, only Int4"),
         (torchao_config("Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d"), "'tile_packed_to_4d'"),
         (torchao_config("IntxWeightOnlyConfig", weight_dtype="uint4"), "dtype 'uint4', PerRow, are not supported"),
-        ({"quant_method": "auto-round", "data_type": "mx_fp"}, "mx_fp.*only int"),
+        ({"quant_method": "auto-round", "data_type": "mx_int", "bits": 4}, "mx_int.*only int of"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:mlx"}, "auto_round:mlx' of integers"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "has 4 bits, not 8"),
     ],
 )  # fmt: skip

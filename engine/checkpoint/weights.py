@@ -14,6 +14,7 @@ from engine.checkpoint.progress import progress_bar
 from engine.config_file import read_json
 from engine.errors import ModelError
 from engine.layers.attention import Attention
+from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM
@@ -245,7 +246,7 @@ def settle_formats(model: CausalLM, heads: Sequence[Head]) -> None:
     found = {piece.name: head.tensor for head in heads for piece in head.pieces}
     settle_cache_scales(model, found)
     for path, layer in named_layers(model):
-        if not isinstance(layer, Linear) or not layer.names_of(0):  # a tied head has no names of its own
+        if not isinstance(layer, Linear | VocabParallelEmbedding) or not layer.names_of(0):  # as a tied head has
             continue
         parent, _, leaf = path.rpartition(".")
         modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]

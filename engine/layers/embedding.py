@@ -3,14 +3,14 @@
 Weights of tokens are [vocabulary, hidden], split by vocabulary; every rank holds those of all positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear
-from engine.quantization import OF_INPUTS
+from engine.quantization import OF_INPUTS, Scheme
 from kernels.elementwise import embed, softcap_
 from kernels.quantized import QuantizedWeight
 from kernels.weights import WHOLE, Part, ShapeError, Weight
@@ -47,10 +47,8 @@ class VocabParallelEmbedding(Layer):
     def __init__(self, vocab_size: int, hidden_size: int, layers: LayerConfig, scale: float = 1.0) -> None:
         self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
         self.scale = float(torch.tensor(scale).to(layers.dtype))
-        parts = [Part(self.slice.num_tokens)]
-        self.weight: Weight = layers.quantization.scheme_of_embedding(layers.path).weight(
-            parts, hidden_size, WHOLE, layers.dtype
-        )
+        self.dtype, self.schemes = layers.dtype, [layers.quantization.scheme_of_embedding(layers.path)]
+        self.weight = self.schemes[0].weight([Part(self.slice.num_tokens)], hidden_size, WHOLE, layers.dtype)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return [T, hidden] of ids [T]."""
@@ -70,6 +68,11 @@ class VocabParallelEmbedding(Layer):
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         return self.slice.place(self.weight, name, loaded)
+
+    def expect(self, schemes: Sequence[Scheme]) -> None:
+        """Change the format, before anything is loaded. `ShapeError` if it has no such shape."""
+        weight, self.schemes = self.weight, list(schemes)
+        self.weight = self.schemes[0].weight(weight.parts, weight.k, weight.input_shard, self.dtype)
 
     def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one
         return self.weight.rows_of(part)

@@ -3,7 +3,8 @@
 attention       biases; heads have sinks, scores that take their share of the softmax; every other layer has a window
 experts         the best four of a router with a bias, renormalized; both of an expert's products have biases
 activation      gate * sigmoid(1.702 gate) * (up + 1), gate and up clamped
-on disk         experts stacked, gate and up alternating: [E, inputs, outputs] in bf16, or rows of MXFP4 blocks
+on disk         experts stacked, gate and up alternating: [E, inputs, outputs] in bf16, or rows of MXFP4 blocks; in
+                other formats rows of each expert, under names of its own or Unsloth's
 norms           products with the weight are made in float32 and rounded last
 """
 
@@ -28,7 +29,7 @@ class GptOssBlock(PreNorm):
 class GptOss(CausalLM):
     block = GptOssBlock
     checkpoint: ClassVar = (
-        Rename(r"\.mlp\.router\.", ".mlp.gate."),
+        Rename(r"\.mlp\.router\.(linear\.)?", ".mlp.gate."),  # Unsloth's are linear layers
         *EXPERTS,  # of a converted GGUF file: one by one
     )
 
@@ -67,4 +68,5 @@ class GptOss(CausalLM):
     @property
     def names(self) -> Sequence[Rule]:
         alternating = Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1), self.config.intermediate_size)
-        return (alternating, *super().names)
+        unsloths = Rename(r"(\.experts)\.(gate_up|down)_projs\.(\d+)\.", r"\1.\3.\2_proj.")
+        return (unsloths, alternating, *super().names)

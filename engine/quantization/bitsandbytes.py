@@ -37,8 +37,9 @@ def codes(stored: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
     if state is None:
         return stored
     rows, columns, _ = read_state(state)
-    if stored.dtype != torch.uint8 or stored.numel() * 2 != rows * columns:
+    if stored.nbytes * 2 != rows * columns:
         raise ShapeError(f"is of {stored.dtype} {list(stored.shape)}, the format's are {rows * columns // 2} bytes")
+    stored = stored.contiguous().view(torch.uint8)  # any dtype may have been named for the bytes
     return ((stored >> 4) | (stored << 4)).view(rows, -1)
 
 
@@ -101,11 +102,9 @@ class BitsAndBytes(ByModule):
         super().__init__()
         self.excluded = Modules(raw.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
         has_4_bits = entry(raw, "load_in_4bit", bool, False)
-        kind, storage = str(raw.get("bnb_4bit_quant_type") or "fp4"), str(raw.get("bnb_4bit_quant_storage") or "uint8")
-        if has_4_bits and (kind not in FOUR_BITS or storage != "uint8"):
-            raise ModelError(
-                f"bitsandbytes' 4-bit {kind}, stored as {storage}, is not supported, only nf4 and fp4 as uint8"
-            )
+        kind = str(raw.get("bnb_4bit_quant_type") or "fp4")
+        if has_4_bits and kind not in FOUR_BITS:
+            raise ModelError(f"bitsandbytes' 4-bit {kind} is not supported, only {' and '.join(FOUR_BITS)}")
         self.everywhere = FOUR_BITS[kind] if has_4_bits else INT8
 
     def find(self, names: Collection[str]) -> Stored | None:

@@ -76,7 +76,7 @@ def stored_fp8(
     )
 
 
-def stored_nvfp4(weight: str, global_scale: str, *, divides: bool) -> Stored:
+def stored_nvfp4(weight: str, global_scale: str, *, divides: bool, group_size: int = NVFP4_GROUP) -> Stored:
     """Return how NVFP4's numbers are stored, whose groups have e4m3 scales, and these one of all.
 
     weight, global_scale: their names. divides: the scale of all does, rather than multiply. Inputs are not rounded.
@@ -89,7 +89,7 @@ def stored_nvfp4(weight: str, global_scale: str, *, divides: bool) -> Stored:
         return scale.float() / of_all if divides else scale.float() * of_all
 
     return Stored(
-        Format("int4", NVFP4_GROUP, table="fp4", scale_dtype=torch.float16),
+        Format("int4", group_size, table="fp4", scale_dtype=torch.float16),
         {
             weight: ("weight" if weight == "weight" else "codes",),
             "weight_scale": ("scale", With((global_scale,), product)),
