@@ -11,8 +11,10 @@ from engine.constraints import Constraints
 from engine.engine import EngineStats, Health
 from engine.intake import Intake
 from engine.loop import StepLoop
+from engine.media import EncoderStats
 from engine.state import RequestState, Status
 from engine.views import BranchView, RequestView
+from engine.vision.encoder import Encoder
 
 MAX_HOLDERS = 8  # of a node of the tree that are named
 STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
@@ -22,10 +24,16 @@ class Diagnostics:
     """Reads the engine's objects and changes none of them."""
 
     def __init__(
-        self, parts: EngineParts, loop: StepLoop, intake: Intake, constraints: Constraints, canary: Canary
+        self,
+        parts: EngineParts,
+        loop: StepLoop,
+        intake: Intake,
+        constraints: Constraints,
+        canary: Canary,
+        encoder: Encoder | None,
     ) -> None:
         self._parts, self._loop, self._intake, self._constraints = parts, loop, intake, constraints
-        self._canary = canary
+        self._canary, self._encoder = canary, encoder
         self._requests = intake.requests
         self._busy_since = 0.0  # time.perf_counter()
 
@@ -67,6 +75,7 @@ class Diagnostics:
 
     def stats(self) -> EngineStats:
         """Return the statistics of clients' requests, the canary's left out."""
+        encoder = self._encoder
         stats = EngineStats(
             scheduler=self._parts.scheduler.stats(),
             loop=self._loop.stats,
@@ -76,6 +85,7 @@ class Diagnostics:
             drain_tokens_per_s=self._intake.drain_rate.tokens_per_s,
             grammars=self._constraints.stats,
             canary=dataclasses.replace(self._canary.stats),
+            encoder=EncoderStats() if encoder is None else encoder.read_stats(),
         )
         return self._canary.without(stats, self._output_len)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from engine.errors import InvalidRequest
-from engine.media import Media, MediaSize, PromptMedia
+from engine.media import EncoderStats, Media, MediaSize, PromptMedia
 from engine.state import Delta, RequestState
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class EngineStats:
     """Tokens computed for requests that ended, per second in which there was work."""
     grammars: GrammarStats
     canary: CanaryStats = field(default_factory=CanaryStats)
+    encoder: EncoderStats = field(default_factory=EncoderStats)
 
 
 class Maintenance(ABC):

@@ -93,7 +93,7 @@ class LocalEngine(Engine):
             requests.by_rid, self.abort, config.request_waiting_timeout, config.request_running_timeout
         )
         time_limits.start()
-        diagnostics = Diagnostics(parts, loop, intake, constraints, canary)
+        diagnostics = Diagnostics(parts, loop, intake, constraints, canary, encoder)
         task = asyncio.create_task(loop.run(), name="step-loop")
         task.add_done_callback(self._on_loop_end)
         self._started = Started(

@@ -124,6 +124,22 @@ class PromptMedia:
         )
 
 
+@dataclass(slots=True)
+class EncoderStats:
+    """Count the work of what makes features of pictures, since the start."""
+
+    num_encoded: int = 0
+    """Pictures that the tower has seen."""
+    num_hits: int = 0
+    """Pictures that requests needed whose features were kept, or were being made for others."""
+    num_failed: int = 0
+    """Pictures that the tower failed on."""
+    encode_s: float = 0.0
+    """Seconds for which the tower had pictures to see."""
+    feature_bytes: int = 0
+    """Bytes of the features that requests hold or that are kept, now."""
+
+
 def with_marks_cut(value: Any, marks: Sequence[str]) -> Any:
     """Return a JSON value in whose texts each of `marks` has a `CUT` behind its first character."""
     if isinstance(value, str):

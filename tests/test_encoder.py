@@ -172,7 +172,7 @@ def test_features_never_take_more_memory_than_they_may_and_all_get_their_turn(de
     states = [d.submit(number, number + 1) for number in (1, 3, 5)]
     for i in range(3):
         d.see()
-        assert d.encoder._alive_bytes <= 2 * PICTURE_BYTES
+        assert d.encoder.alive_bytes <= 2 * PICTURE_BYTES
         assert [state.status is Status.FINISHED for state in states].count(True) == i
         d.finish()
     assert all(state.status is Status.FINISHED for state in states)

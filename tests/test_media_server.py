@@ -32,6 +32,7 @@ def encoded(seed: int, format_: str = "PNG", size: tuple[int, int] = (40, 60)) -
 
 
 ONE, OTHER = encoded(1), encoded(2)
+RESULTS = ("seen", "found", "failed")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,21 @@ async def test_a_second_turn_computes_its_own_tokens_and_another_picture_shares_
     swapped, _, cached = await generated(client, PROMPT + PROMPT, [OTHER, ONE])
     assert both != swapped
     assert cached == prompt_len
+
+
+async def test_metrics_count_pictures_that_the_tower_saw_and_those_that_were_kept(folder: Path) -> None:
+    async with running_engine(folder) as engine, serving(engine, enable_metrics=True) as client:
+        for image in (ONE, OTHER, ONE):
+            assert engine.flush_cache()
+            await generated(client, PROMPT, image)
+        text = await (await client.get("/metrics")).text()
+        named = text.replace('model_name="fake-model",', "").replace('model_name="fake-model"', "")
+        values = dict(line.rsplit(" ", 1) for line in named.splitlines())
+        found = {result: values[f'radixloop:pictures_total{{result="{result}"}}'] for result in RESULTS}
+        assert found == {"seen": "2.0", "found": "1.0", "failed": "0.0"}
+        assert float(values["radixloop:tower_seconds_total{}"]) > 0
+        [num_features], row_bytes = engine.count_media_tokens([picture(40, 60).size]), 64 * 4
+        assert float(values["radixloop:feature_bytes{}"]) == 2 * num_features * row_bytes
 
 
 # As Qwen's: it writes the parts of a message itself.

@@ -6,17 +6,18 @@ it waits until others have let theirs go; it waits for all of its own at once, s
 """
 
 import asyncio
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from engine.media import Media
+from engine.media import EncoderStats, Media
 from engine.state import RequestState, Status
 
 Features = Any
@@ -27,18 +28,6 @@ class Sees(Protocol):
     def encode(self, media: Sequence[Media]) -> list[Features]: ...
     def adopt(self, other: Any) -> None: ...
     def move_weights(self, device: torch.device | None = None) -> None: ...
-
-
-@dataclass(slots=True)
-class EncoderStats:
-    """Count the work of an encoder since the start."""
-
-    num_encoded: int = 0
-    """Pictures that the tower has seen."""
-    num_hits: int = 0
-    """Pictures that requests needed whose features were kept."""
-    num_failed: int = 0
-    """Pictures that the tower failed on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +68,13 @@ class Encoder:
         self._jobs: list[_Job] = []  # that wait for the tower
         self._pending: OrderedDict[bytes, tuple[Media, int]] = OrderedDict()  # what it has yet to see, and its bytes
         self._running: dict[bytes, int] = {}  # what it sees now, and the bytes of that
+        self._begun_at = 0.0  # time.perf_counter() when it began to see those
         self._is_closed = self._is_released = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tower")
+
+    def read_stats(self) -> EncoderStats:
+        """Return `stats` as they are now."""
+        return replace(self.stats, feature_bytes=self.alive_bytes)
 
     def fetch(self, state: RequestState, missing: Sequence[int]) -> bool:
         """See `FeatureSource.fetch`."""
@@ -169,12 +163,13 @@ class Encoder:
         if not num_bytes:
             return True
         coming = sum(num for _, num in self._pending.values()) + sum(self._running.values())
-        while (used := coming + self._alive_bytes) + num_bytes > self._max_bytes and self._kept:
+        while (used := coming + self.alive_bytes) + num_bytes > self._max_bytes and self._kept:
             self._kept.popitem(last=False)
         return not used or used + num_bytes <= self._max_bytes
 
     @property
-    def _alive_bytes(self) -> int:
+    def alive_bytes(self) -> int:
+        """Return the bytes of all features, those of requests and those that are kept."""
         return sum(features.nbytes for features in list(self._alive.values()))
 
     def _run(self) -> None:
@@ -192,12 +187,14 @@ class Encoder:
             self._running[key] = num_bytes
             del self._pending[key]
         future = self._thread.submit(self._tower.encode, batch)
+        self._begun_at = time.perf_counter()
         future.add_done_callback(lambda done: self._call_soon(partial(self._on_seen, done)))
 
     def _on_seen(self, done: "Future[list[Features]]") -> None:
         """Take in what the tower has made."""
         keys, error = list(self._running), done.exception()
         self._running.clear()
+        self.stats.encode_s += time.perf_counter() - self._begun_at
         if error is None:
             self.stats.num_encoded += len(keys)
             made = dict(zip(keys, done.result(), strict=True))
@@ -207,7 +204,7 @@ class Encoder:
             for job in self._jobs:
                 job.wanted |= {key: made[key] for key in job.wanted.keys() & made.keys()}
             self._finish_jobs()
-            while self._alive_bytes > self._max_bytes and self._kept:
+            while self.alive_bytes > self._max_bytes and self._kept:
                 self._kept.popitem(last=False)
         else:
             self.stats.num_failed += len(keys)

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
+from engine.media import EncoderStats
 from engine.state import RequestState
 from server.watch.monitor import Monitor, percentile
 
@@ -181,6 +182,8 @@ class EngineCollector(Collector):
             scheduler.num_retractions,
         )
 
+        if self.engine.media_kinds:
+            yield from self._pictures(stats.encoder)
         yield from self._of_gateways(scheduler)
         yield self._gauge(
             "radixloop:oldest_queued_seconds", "wait of the request that waits longest", health.oldest_queued_s
@@ -234,6 +237,15 @@ class EngineCollector(Collector):
         size = GaugeMetricFamily("vllm:cache_config_info", "the KV pool", labels=["block_size", "num_gpu_blocks"])
         size.add_metric([str(self.page_size), str(scheduler.num_total_tokens // self.page_size)], 1.0)
         yield size
+
+    def _pictures(self, encoder: EncoderStats) -> Iterable[Metric]:
+        """Yield what there is of pictures and videos, for a model that reads some."""
+        yield self._counter(
+            "radixloop:pictures", "pictures and videos that requests needed features of",
+            {"seen": encoder.num_encoded, "found": encoder.num_hits, "failed": encoder.num_failed}, "result",
+        )  # fmt: skip
+        yield self._counter("radixloop:tower_seconds", "in which the tower had pictures to see", encoder.encode_s)
+        yield self._gauge("radixloop:feature_bytes", "of pictures' features, held or kept", encoder.feature_bytes)
 
     def _by_replica(self, gauges: Sequence[SchedulerGauge]) -> Iterable[Metric]:
         """Yield gauges of a scheduler; of several engines one value each, which SGLang labels with its dp_rank."""
