@@ -25,6 +25,7 @@ from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
 from server.apis.request_logging import LoggingApi
 from server.apis.responses import ResponsesApi
+from server.apis.scores import ScoresApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
 from server.http.bodies import BODY, BODY_BUDGET, BodyBudget
@@ -100,7 +101,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live, chats)
     app.add_routes(embeddings.routes())
-    app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
+    app.add_routes(ScoresApi(engine, config, live).routes())
+    app.add_routes(OllamaEmbeddings(engine, config, live).routes())
     app[FILE_STORE] = store
     handlers = {
         "/v1/chat/completions": LineHandler(ChatRequest, openai.chat),

@@ -7,9 +7,10 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine.engine import Engine
-from server.apis.embeddings import EmbeddingsApi, PooledFields, dimensions_of, json_vector, normalized
+from server.apis.vectors import PooledFields, Vectors, dimensions_of, json_vector, normalized, vector_of
 from server.config import ServerConfig
 from server.http.intake import paced
+from server.http.live import LiveRequests
 from server.reading.model_name import ollama_model
 from server.reading.protocol import check_batch_size, encode_prompt, json_response, read_body
 from server.reading.shared_fields import Text
@@ -30,8 +31,8 @@ class EmbedPromptRequest(OllamaEmbedFields):
 
 
 class OllamaEmbeddings:
-    def __init__(self, engine: Engine, config: ServerConfig, embeddings: EmbeddingsApi) -> None:
-        self.engine, self.config, self.embeddings = engine, config, embeddings
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
+        self.engine, self.config, self.vectors = engine, config, Vectors(engine, live)
 
     def routes(self) -> list[web.RouteDef]:
         return [web.post("/api/embed", self.embed), web.post("/api/embeddings", self.embed_prompt)]
@@ -43,11 +44,11 @@ class OllamaEmbeddings:
         model = ollama_model(self.config, body.model or body.name)
         size = dimensions_of(body.dimensions, self.engine.model_config.embedding_size)
         prompts = await self._prompts(body)
-        vectors = await self.embeddings.vectors(http_request, body, prompts)
+        states = await self.vectors.run(http_request, body, prompts) if prompts else []
         return json_response(
             {
                 "model": model,
-                "embeddings": [json_vector(normalized(vector[:size])) async for vector in paced(vectors)],
+                "embeddings": [json_vector(normalized(vector_of(state)[:size])) async for state in paced(states)],
                 "total_duration": time.perf_counter_ns() - begun,
                 "load_duration": 0,
                 "prompt_eval_count": sum(map(len, prompts)),
@@ -61,8 +62,8 @@ class OllamaEmbeddings:
         if not body.prompt:
             return json_response({"embedding": []})
         prompt = await self._prompt(body.prompt, "prompt", is_cut=True)
-        [vector] = await self.embeddings.vectors(http_request, body, [prompt])
-        return json_response({"embedding": json_vector(vector)})
+        [state] = await self.vectors.run(http_request, body, [prompt])
+        return json_response({"embedding": json_vector(vector_of(state))})
 
     async def _prompts(self, body: EmbedRequest) -> list[list[int]]:
         """Return the token ids of `input`: a text or several, or nothing, by which a client has the model loaded."""

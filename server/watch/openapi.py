@@ -13,7 +13,7 @@ from engine.declared import Object
 from engine.request import SamplingFields
 from server.apis.batches import BatchRequest
 from server.apis.clouds import VertexRequest
-from server.apis.embeddings import ClassifyRequest, EmbeddingsRequest, EncodeRequest, RerankRequest, ScoreRequest
+from server.apis.embeddings import ClassifyRequest, EmbeddingsRequest, EncodeRequest
 from server.apis.generate import GenerateRequest
 from server.apis.maintenance import (
     MemoryRequest,
@@ -26,6 +26,7 @@ from server.apis.native import AbortRequest
 from server.apis.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaModel, PullRequest
 from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
 from server.apis.request_logging import LoggingRequest
+from server.apis.scores import RerankRequest, ScoreRequest
 from server.apis.sessions import CloseSession, OpenSession
 from server.apis.text import ParseFunctionCallRequest, SeparateReasoningRequest
 from server.reading import responses_body
