@@ -1,9 +1,11 @@
 """Scales of cached keys and values: those of a checkpoint are divided by before an FP8 cache rounds."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.weights import pack_weights
 from engine.errors import ModelError
+from engine.step.model_runner import ModelRunner
 from tests.test_models import TinyEngine, random_ids
 
 E4M3, LARGE = torch.float8_e4m3fn, 4096.0
@@ -92,6 +95,26 @@ def test_an_fp8_cache_holds_what_is_divided_by_the_checkpoints_scales(
     assert (got - wanted).abs().mean() < 0.1 * wanted.std()
     plain = packed(write(tmp_path, large, None), E4M3)
     assert (logits(plain, ids) - wanted).abs().mean() > 0.3 * wanted.std(), "the test can fail"
+
+
+def test_other_weights_bring_their_own_scales_to_a_gpu(
+    large: tuple[dict[str, Any], Tensors, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[str] = []
+    for name in ("running", "new"):
+        (tmp_path / name).mkdir()
+    names = ("release_graphs", "recapture_graphs")
+    running = packed(write(tmp_path / "running", large, "compressed-tensors", 2 * K_SCALE, V_SCALE / 4), E4M3)
+    runner = SimpleNamespace(
+        model=running.model, device=torch.device("cpu"), _is_cuda=True,
+        **{name: functools.partial(calls.append, name) for name in names},
+    )  # fmt: skip
+    folder = write(tmp_path / "new", large, "compressed-tensors")
+    ModelRunner.adopt_weights(cast(Any, runner), TinyEngine(folder, kv_dtype=E4M3).model)
+    ids = random_ids(30, seed=1)
+    assert torch.equal(logits(running, ids), logits(packed(folder, E4M3), ids))
+    assert calls == list(names), "graphs hold the scale of scores"
 
 
 def test_a_cache_that_rounds_nothing_needs_no_scales(

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from cache.pool import CachePool
+from engine.layers.attention import Attention
 from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import unique_layers
@@ -199,6 +200,12 @@ class ModelRunner:
             for (_, weight), (_, new_weight) in zip(layer.weights(), new_layer.weights(), strict=True):
                 weight.copy_(new_weight)
         torch.cuda.synchronize()
+        attention = [layer for layer in unique_layers(self.model) if isinstance(layer, Attention)]
+        if scaled := [layer for layer in attention if layer.cache_scales is not None]:
+            for layer in scaled:
+                layer.pack()
+            self.release_graphs()  # they hold numbers made of the scales
+            self.recapture_graphs()
 
     def close(self) -> None:
         """Let steps and ranks end, and give the KV pool's memory back: whoever keeps the engine may start another."""
