@@ -23,6 +23,7 @@ from engine.text.tokenizer import Tokenizer
 from kernels import flashinfer_attention, hopper
 from kernels.attention import choose_backend
 from tests.cards import CARDS
+from tests.quantized_files import CASES, write_quantized
 from tests.test_engine import NUM_NEW_TOKENS, collect, make_state, running_engine
 from tests.test_mla import FAMILIES as LATENT
 
@@ -242,5 +243,18 @@ async def test_a_start_waits_for_its_tables_however_late_they_are_made(
     name, sizes = LATENT["deepseek v3"]  # whose prompts' steps read lengths and slots at once
     folder = make_tiny_model(getattr(transformers, name), "late", random_norms=True, **sizes)
     async with running_engine(folder, device="cuda") as engine:
+        _, tokens = await collect(engine, make_state([5, 6, 7]))
+        assert len(tokens) == NUM_NEW_TOKENS
+
+
+@pytest.mark.gpu
+async def test_layers_in_formats_of_their_own_have_their_kernels_before_a_graph_is_captured(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig
+
+    folder = make_tiny_model(LlamaConfig, "formats", hidden_size=128, intermediate_size=256, head_dim=32)
+    write_quantized(folder, CASES["awq but for some modules"], tmp_path / "quantized")
+    async with running_engine(tmp_path / "quantized", device="cuda", dtype="bfloat16") as engine:
         _, tokens = await collect(engine, make_state([5, 6, 7]))
         assert len(tokens) == NUM_NEW_TOKENS
