@@ -140,6 +140,7 @@ class Queue:
     def __init__(self, shares: FairShares) -> None:
         self._shares = shares
         self._lines: dict[tuple[bool, int, str, int], OrderedDict[RequestState, None]] = {}  # of those that have any
+        self.has_newcomers = False  # somebody has come since `QueueOrder` sorted it
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -155,6 +156,7 @@ class Queue:
         line = self._lines.setdefault(_line_of(state), OrderedDict())
         line[state] = None
         line.move_to_end(state, last=not is_first)
+        self.has_newcomers = True
 
     def remove(self, state: RequestState) -> None:
         key = _line_of(state)

@@ -19,13 +19,12 @@ class QueueOrder:
         """policy: as --schedule-policy; rng: shuffles for the policy "random"."""
         self.policy = policy
         self._held, self._random = held, rng
-        self.is_sorted = True  # False: somebody has come
 
     def sort(self, waiting: Queue, num_admitted: int) -> None:
         """Reorder `waiting`, if that has not been done. num_admitted: requests so far, in all."""
-        if not self.is_sorted and len(waiting) <= MAX_SORTED_QUEUE:
+        if waiting.has_newcomers and len(waiting) <= MAX_SORTED_QUEUE:
             waiting.reorder(self._by_policy(waiting, num_admitted))
-        self.is_sorted = True
+        waiting.has_newcomers = False
 
     def _by_policy(self, queue: Queue, num_admitted: int) -> list[RequestState]:
         cache = self._held.cache

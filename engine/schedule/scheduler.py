@@ -131,14 +131,12 @@ class Scheduler:
         state.status = Status.WAITING
         state.num_admitted_before = self.num_admitted
         self.waiting.add(state)
-        self.order.is_sorted = False
         self._has_features(state)
 
     def resume(self, state: RequestState) -> None:
         """Queue a parked request again: what it waited for has come."""
         del self.parked[state.rid]
         self.waiting.add(state, is_first=bool(state.num_retractions))
-        self.order.is_sorted = False
 
     def finish(self, state: RequestState, reason: FinishReason) -> None:
         """End `state` wherever it is. What it computed stays in the cache; the rest of its slots are free at once."""
@@ -388,7 +386,6 @@ class Scheduler:
         self.num_retractions += 1
         self.shares.enter(state)
         self.waiting.add(state, is_first=True)
-        self.order.is_sorted = False
         self.admission.on_retraction()
 
     def _release(self, state: RequestState, *, keep: bool) -> None:
