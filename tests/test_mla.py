@@ -1,5 +1,6 @@
 """Latent attention: its two forms are one, and families that have it compute transformers' logits."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -95,13 +96,10 @@ def made(make_tiny_model: MakeTinyModel) -> Callable[[str], Path]:
     """Return `made(family)`: its folder."""
     import transformers
 
-    folders: dict[str, Path] = {}
-
+    @functools.cache
     def make(family: str) -> Path:
-        if family not in folders:
-            name, options = FAMILIES[family]
-            folders[family] = make_tiny_model(getattr(transformers, name), "latent", random_norms=True, **options)
-        return folders[family]
+        name, options = FAMILIES[family]
+        return make_tiny_model(getattr(transformers, name), "latent", random_norms=True, **options)
 
     return make
 

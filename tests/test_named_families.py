@@ -1,5 +1,6 @@
 """Families that transformers has no class for: a native model's tiny checkpoint under their names is the same model."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -315,18 +316,15 @@ def made(
     make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
     """Return `made(name)`: (the family's folder, its native twin's), biases and norms at random."""
-    folders: dict[str, tuple[Path, Path]] = {}
 
+    @functools.cache
     def make(name: str) -> tuple[Path, Path]:
-        if name not in folders:
-            family = FAMILIES[name]
-            twin = make_tiny_model(
-                getattr(transformers, family.twin), "twin", **{"tie_word_embeddings": False} | family.of_twin
-            )
-            tensors = randomize(load_file(twin / "model.safetensors"), name)
-            save_file(tensors, twin / "model.safetensors", {"format": "pt"})
-            folders[name] = write_family(family, tensors, tmp_path_factory.mktemp("named")), twin
-        return folders[name]
+        family = FAMILIES[name]
+        options = {"tie_word_embeddings": False} | family.of_twin
+        twin = make_tiny_model(getattr(transformers, family.twin), "twin", **options)
+        tensors = randomize(load_file(twin / "model.safetensors"), name)
+        save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+        return write_family(family, tensors, tmp_path_factory.mktemp("named")), twin
 
     return make
 

@@ -3,6 +3,7 @@
 Weights of norms, biases and scales are random, prompts are longer than any window, in chunks and token by token.
 """
 
+import functools
 import json
 import threading
 from collections.abc import Callable
@@ -197,15 +198,10 @@ def made(make_tiny_model: MakeTinyModel) -> Callable[[str], Path]:
     """Return `made(family)`: its folder."""
     import transformers
 
-    folders: dict[str, Path] = {}
-
+    @functools.cache
     def make(family: str) -> Path:
-        if family not in folders:
-            config_class, overrides = FAMILIES[family]
-            folders[family] = make_tiny_model(
-                getattr(transformers, config_class), "native", random_norms=True, **overrides
-            )
-        return folders[family]
+        config_class, overrides = FAMILIES[family]
+        return make_tiny_model(getattr(transformers, config_class), "native", random_norms=True, **overrides)
 
     return make
 
