@@ -37,8 +37,10 @@ async def test_a_text_cut_within_an_emoji_and_a_byte_order_mark_are_read(
     client: Client, engine: FakeEngine, path: str
 ) -> None:
     text = r'"the first half \ud83d of \\ud83d and a whole \ud83d\ude00"'
-    messages = f'[{{"role": "user", "content": {text}}}]'
-    body = f'{{"model": "fake-model", "max_tokens": 1, "messages": {messages}, "input": {text}}}'
+    given = f'"max_tokens": 1, "messages": [{{"role": "user", "content": {text}}}]'
+    if path == "/v1/responses":
+        given = f'"max_output_tokens": 1, "input": {text}'
+    body = f'{{"model": "fake-model", {given}}}'
     response = await client.post(
         path, data=b"\xef\xbb\xbf" + body.encode(), headers={"Content-Type": "application/json"}
     )
@@ -108,6 +110,30 @@ async def test_what_is_not_supported_may_be_empty_or_false(
     for field in fields:
         response = await client.post(path, json={**body, field: ["x"]})
         assert response.status == 400 and field in await response.text()
+
+
+async def test_fields_of_sglang_and_vllm_mean_the_same_on_every_api(client: Client, engine: FakeEngine) -> None:
+    fields: dict[str, Any] = {
+        "top_k": 5, "min_p": 0.1, "seed": 3, "min_tokens": 2, "repetition_penalty": 1.1, "presence_penalty": 0.5,
+        "logit_bias": {"5": 1}, "stop_token_ids": [7], "stop_regex": "x", "ignore_eos": True,
+        "structured_outputs": {"regex": "[0-9]{3}"},
+    }  # fmt: skip
+    await post(client, "/v1/chat/completions", messages=USER, max_tokens=5, **fields)
+    await post(client, "/v1/messages", messages=USER, max_tokens=5, **fields)
+    await post(client, "/v1/responses", input="Hi", max_output_tokens=5, **fields)
+    chat, *others = [request.sampling_params for request in engine.requests]
+    assert others == [chat, chat] and (chat.top_k, chat.regex) == (5, "[0-9]{3}")
+
+
+async def test_fields_of_chats_are_not_ignored_by_apis_that_spell_them_otherwise(client: Client) -> None:
+    chats = {"response_format": {"type": "json_object"}, "reasoning_effort": "low", "max_completion_tokens": 4}
+    for path, body, others in (
+        ("/v1/messages", {"messages": USER, "max_tokens": 5}, {"stop": ["a"]}),
+        ("/v1/responses", {"input": "Hi"}, {"max_tokens": 4, "messages": USER}),
+    ):
+        for field, value in {**chats, **others, "logprobs": True}.items():
+            response = await client.post(path, json={**body, field: value})
+            assert response.status == 400 and f"{field} is not supported" in await response.text()
 
 
 async def test_images_of_a_message_may_be_none_at_all(client: Client) -> None:

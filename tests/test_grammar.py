@@ -478,6 +478,15 @@ async def test_a_grammar_that_cannot_be_used_is_refused_by_field_and_reason(tiny
                     told = (await response.json())["error"]
                     assert (response.status, told["field"]) == (400, field), told
                     assert reason in told["message"] and len(told["message"]) < 600, told
+        for path in ("/v1/messages", "/v1/responses", "/v1/chat/completions"):
+            for field in ("json_schema", "guided_json"):
+                given: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5}
+                if path == "/v1/responses":
+                    given = {"input": "a", "max_output_tokens": 5}
+                async with client.post(path, json={**given, field: {"type": "nope"}}) as response:
+                    assert response.status == 400
+                    told = (await response.json())["error"]["message"]
+                    assert told == f"{field} cannot be used: Invalid type: nope", path
 
 
 NOT_HELD: list[tuple[dict[str, Any], str, str]] = [

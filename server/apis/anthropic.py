@@ -20,6 +20,7 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.grammars import names_beside_format
 from server.reading.left_out import HINT, LeftOut, LeftOutBook
 from server.reading.messages import chat_body
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
@@ -56,7 +57,7 @@ class AnthropicApi:
         model = served_model(self.config, body.model)
         left_out = LeftOut()
         tools = MessagesTools(body.tools, body.messages, left_out)
-        with spelled(OUR_NAMES | tools.names):
+        with spelled(OUR_NAMES | tools.names | names_beside_format(body)):
             turn = await self._turn(http_request, body, tools, left_out)
             return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 

@@ -24,6 +24,7 @@ from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn, chat_call
 from server.reading.custom_tools import input_of
+from server.reading.grammars import names_beside_format
 from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
@@ -116,7 +117,7 @@ class ResponsesApi:
         tools = Tools(body.tools, left_out, items)
         sees_images = "image" in self.chats.engine.media_kinds
         messages = self._earlier_messages(body, caller) + read_input(given, left_out, sees_images=sees_images)
-        names = OUR_NAMES | tools.names
+        names = OUR_NAMES | tools.names | names_beside_format(body)
         with spelled(names):
             chat = chat_body(body, messages, tools, left_out)
             self.left_out.enter(caller, left_out)

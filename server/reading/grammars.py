@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engine.declared import convert
+from engine.declared import Object, convert
 from engine.errors import InvalidRequest
 from engine.text.schemas import NOT_STRICT
 from server.reading.openai_body import GUIDED, OWN_CONSTRAINTS, STRUCTURED_OUTPUTS, OpenAIFields, ResponseFormat
@@ -25,6 +25,14 @@ def constraint_of(body: OpenAIFields) -> JSON:
 def names_of_constraint(body: OpenAIFields) -> dict[str, str]:
     """Return the sampling field that `constraint_of` makes, and what the client calls it."""
     return {ours: theirs for theirs, (ours, _) in _found(body).items()}
+
+
+def names_beside_format(body: Object) -> dict[str, str]:
+    """Return the sampling fields of the constraints beside an API's own, and what the client calls each."""
+    names = {ALONE[name]: name for name in body.given(ALONE)}
+    for outputs in body.given(("structured_outputs",)).values():
+        names |= {STRUCTURED_OUTPUTS[name]: f"structured_outputs.{name}" for name in outputs.given(STRUCTURED_OUTPUTS)}
+    return names
 
 
 def _found(body: OpenAIFields) -> dict[str, tuple[str, Any]]:

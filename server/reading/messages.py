@@ -15,7 +15,6 @@ from server.reading.left_out import CONTENT, HINT, VOLATILE, LeftOut
 from server.reading.messages_body import (
     HINTS,
     MEDIA_KINDS,
-    SAMPLING_NAMES,
     AssistantMessage,
     Compaction,
     CountTokensRequest,
@@ -39,6 +38,7 @@ from server.reading.messages_body import (
     UserMessage,
 )
 from server.reading.messages_tools import MessagesTools
+from server.reading.openai_body import EXTRAS
 from server.reading.protocol import JSON, REQUEST_FIELDS
 
 Block = TypeVar("Block")
@@ -46,7 +46,7 @@ BILLING = "x-anthropic-billing-header:"
 # At the end of a text only: elsewhere it is what somebody wrote about it.
 TOKENS_LEFT = re.compile(r"\s*<total_tokens>\s*\d+ tokens left\s*</total_tokens>\s*\Z")
 TOKENS_LEFT_END = "</total_tokens>"
-SAME_NAMES = (*SAMPLING_NAMES, "max_tokens", "stream")
+SAME_NAMES = (*EXTRAS, "structured_outputs", "max_tokens", "stream")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 

@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from engine.declared import MAX_INT, Object, tagged
 from engine.request import SamplingFields
-from server.reading.openai_body import Effort
+from server.reading.openai_body import EXTRAS, OF_CHATS, Effort, StructuredOutputs
 from server.reading.protocol import JSON
 from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields
 
@@ -204,12 +204,12 @@ class CountTokensRequest(PrefixFields, unsupported=("n",), kw_only=True):
 
 
 HINTS = ("context_management", "container", "mcp_servers", "inference_geo", "speed")
-SAMPLING_NAMES = ("temperature", "top_p", "top_k")
 
 
 class MessagesRequest(
-    CountTokensRequest, like=SamplingFields, names={name: name for name in SAMPLING_NAMES}, kw_only=True
+    CountTokensRequest, unsupported=(*OF_CHATS, "stop"), like=SamplingFields, names=EXTRAS, kw_only=True
 ):
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)]
     stop_sequences: list[str] = []
     stream: bool = False
+    structured_outputs: StructuredOutputs | None = None

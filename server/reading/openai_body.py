@@ -47,6 +47,12 @@ STRUCTURED_OUTPUTS = {
     "structural_tag": "structural_tag",
 }
 GUIDED = {f"guided_{name}": STRUCTURED_OUTPUTS[name] for name in ("json", "regex", "choice", "grammar")}
+# What every API takes whose requests become chats: the fields of those that its own have no other name for.
+EXTRAS = {
+    theirs: ours for theirs, ours in (SAMPLING_FIELDS | OWN_CONSTRAINTS | GUIDED).items() if theirs not in ("n", "stop")
+}
+# Fields of a chat that such an API spells otherwise: better refused than ignored.
+OF_CHATS = ("response_format", "reasoning_effort", "max_completion_tokens", "logprobs")
 
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Effort = Annotated[

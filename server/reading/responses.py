@@ -15,6 +15,7 @@ from server.reading.chat import chat_call
 from server.reading.contents import Content, sourced, uploaded
 from server.reading.custom_tools import INPUT, arguments_of_input
 from server.reading.left_out import CONTENT, HINT, LeftOut
+from server.reading.openai_body import EXTRAS
 from server.reading.protocol import JSON, REQUEST_FIELDS
 from server.reading.responses_body import (
     CALLS,
@@ -40,7 +41,7 @@ from server.reading.responses_body import (
 )
 from server.reading.responses_tools import KNOWN_TOOLS, Tools, function_name, read_choice
 
-SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
+SAME_NAMES = (*EXTRAS, "stop", "structured_outputs", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 FORMAT_FIELDS = ("name", "description", "schema", "strict")
 
 

@@ -6,12 +6,14 @@ from msgspec import Meta
 
 from engine.declared import MAX_INT, Object, tagged
 from engine.request import SamplingFields
-from server.reading.openai_body import Effort
+from server.reading.openai_body import EXTRAS, OF_CHATS, Effort, StructuredOutputs
 from server.reading.protocol import JSON
 from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields, described_as
 
 MAX_METADATA = 16
-UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
+UNSUPPORTED = (
+    "conversation", "prompt", "moderation", "image", "top_logprobs", "n", "messages", "max_tokens", *OF_CHATS
+)  # fmt: skip
 
 # ---- items of the input, which are kept as the client wrote them; null is a default here, which is quick to read ----
 
@@ -222,7 +224,7 @@ class ResponsesRequest(
     PrefixFields,
     unsupported=UNSUPPORTED,
     like=SamplingFields,
-    names={"temperature": "temperature", "top_p": "top_p"},
+    names=EXTRAS | {"stop": "stop"},
     kw_only=True,
 ):
     input: Annotated[
@@ -259,6 +261,7 @@ class ResponsesRequest(
         Meta(max_length=MAX_METADATA, extra={"rule": f"an object of at most {MAX_METADATA} strings"}),
     ] = {}
     user: str = ""
+    structured_outputs: StructuredOutputs | None = None
     context_management: Hint | None = None
 
 
