@@ -29,6 +29,7 @@ def state_of(pid: int) -> str:
 
 
 def is_alive(pid: int) -> bool:
+    """Return whether a process runs; one that has ended may wait forever for a parent that asks."""
     try:
         return state_of(pid) != "Z"
     except OSError:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from engine.step import first_start
 from kernels import compilers, launch, nvrtc
 from kernels.compilers import Compilers, CompilingThreads
 from kernels.folders import is_first_start
+from tests.server_processes import is_alive, wait_until
 
 COMPILE_AND_FIND = """
 import os, torch, triton
@@ -62,22 +62,7 @@ def test_what_a_process_compiles_is_found_by_who_wants_it_whose_end_is_its_own(t
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", COMPILE_AND_FIND]
     pid = subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.PIPE).stdout.decode()
-    wait_for_ends(int(pid))
-
-
-def wait_for_ends(*pids: int) -> None:
-    end = time.monotonic() + 120
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process runs; one that has ended may wait forever for a parent that asks."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not is_alive(int(pid)))
 
 
 def test_processes_that_do_not_start_leave_all_work_to_who_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +115,7 @@ def test_a_process_that_dies_leaves_its_work_to_the_others(tmp_path: Path, monke
         processes.compile(f"{file}\n".encode())
     pids = [int(file.read_text()) for file in files]
     processes.close()
-    wait_for_ends(*pids)
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 def test_a_thread_asks_a_process_first_and_then_finds_or_compiles_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
