@@ -34,6 +34,7 @@ __all__ = ("FP8", "FP8_MAX", "INT4_ZERO", "TABLES", "Format", "QuantizedWeight",
            "quantize_inputs", "rounded_inputs", "unpack_codes")  # fmt: skip
 
 
+CHECKED_ELEMENTS = 1 << 24  # at a time
 REGROUPED = 32  # inputs of the groups in which a rank has its parts of a checkpoint's, in an order of their own
 
 
@@ -136,12 +137,11 @@ class QuantizedWeight(Weight):
     def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         field = next(field for field in self.fields if self._names[field] == name)
         tensor = self.fields[field]
-        if tensor.is_floating_point() != loaded.is_floating_point() or (
-            tensor.dtype == FP8 and loaded.dtype.itemsize > 1
-        ):
+        is_alike = tensor.is_floating_point() == loaded.is_floating_point()
+        if not (loaded.dtype == tensor.dtype if field == "codes" else is_alike):
             raise ShapeError(f"is of {loaded.dtype}, the format's {field} are of {tensor.dtype}")
         if field == "input_scale":
-            return tensor[part : part + 1], loaded.reshape(-1)[:1]
+            return _matching(tensor[part : part + 1], loaded.reshape(-1), (WHOLE,))
         if field == "order":
             return _matching(tensor[part], loaded, (self.input_shard,))
         shard, columns = self.parts[part].shard, self.input_shard
@@ -149,14 +149,13 @@ class QuantizedWeight(Weight):
         if field != "codes":
             num_inputs = self.k * columns.count
             if self.form.group_size_of(num_inputs) == num_inputs:  # all of a row, on whatever ranks
-                columns, loaded = WHOLE, loaded.reshape(-1, 1)
+                columns = WHOLE
+                if loaded.numel() == max(loaded.shape, default=1):  # one for each row, in whatever dimension
+                    loaded = loaded.reshape(-1, 1)
+                if loaded.numel() == 1:
+                    return target, loaded.expand_as(target)
             elif self._has_all_groups:
                 columns = WHOLE
-            if loaded.numel() == 1:
-                return target, loaded.expand_as(target)
-        if field in ("scale", "zero", "minimum"):  # of blocks of rows, the last may go on beyond the last row
-            num_rows = shard.whole_length(len(target))
-            loaded = loaded[:num_rows] if num_rows <= len(loaded) < num_rows + 128 else loaded
         return _matching(target, loaded, (shard, columns))
 
     def rows_of(self, part: int) -> torch.Tensor:
@@ -234,7 +233,8 @@ class QuantizedWeight(Weight):
         return self
 
     def settle(self) -> None:
-        """Order codes by their groups, and take one input scale for all parts."""
+        """Order codes by their groups, and take one input scale for all parts. `ShapeError` if numbers are none."""
+        self._check_finite()
         if (order := self.fields.get("order")) is not None and order.dim() > 1:
             if not bool((order == order[0]).all()):
                 raise ShapeError("has parts with different g_idx, which cannot be multiplied as one")
@@ -244,6 +244,16 @@ class QuantizedWeight(Weight):
                 self._sort(order[0])
         if (input_scale := self.fields.get("input_scale")) is not None:
             self.fields["input_scale"] = input_scale.max().reshape(1)
+
+    def _check_finite(self) -> None:
+        """Raise `ShapeError` if a scale or a code of FP8 is infinite or NaN: a broken file, whose answers are noise."""
+        of_scales = [self.fields[name] for name in ("scale", "minimum", "input_scale") if name in self.fields]
+        if not all(bool(tensor.isfinite().all()) for tensor in of_scales):
+            raise ShapeError("has scales that are infinite or NaN")
+        if self.form.code == "fp8":
+            chunks = self.codes.view(torch.uint8).split(max(1, CHECKED_ELEMENTS // self.k))
+            if bool(torch.stack([((chunk & 127) == 127).any() for chunk in chunks]).any()):
+                raise ShapeError("has codes that are NaN")
 
     def _sort(self, groups: torch.Tensor) -> None:
         """Order codes by the group of each input."""

@@ -339,9 +339,84 @@ DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
             r"model\.layers\.1\.mlp\.down_proj has a g_idx whose groups are not all of 32 inputs",
         ),
         (
+            "compressed-tensors, FP8 dynamic",
+            lambda files: files.update({f"{UP}.weight": files[f"{UP}.weight"].float().to(torch.float8_e5m2)}),
+            rf"{UP}\.weight is of torch\.float8_e5m2, the format's codes are of torch\.float8_e4m3fn",
+        ),
+        (
+            "compressed-tensors, FP8 dynamic",
+            lambda files: files.update({f"{UP}.weight_scale": files[f"{UP}.weight_scale"].long()}),
+            rf"{UP}\.weight_scale, read as scale, is of torch\.int64, the format's scales are floats",
+        ),
+        (
+            "compressed-tensors, FP8 dynamic",
+            lambda files: files[f"{UP}.weight_scale"][3].fill_(torch.inf),
+            r"model\.layers\.1\.mlp\.gate_up_proj has scales that are infinite or NaN",
+        ),
+        (
+            "compressed-tensors, FP8 dynamic",
+            lambda files: files[f"{DOWN}.weight"].view(torch.uint8)[3, 5:6].fill_(0xFF),
+            r"model\.layers\.1\.mlp\.down_proj has codes that are NaN",
+        ),
+        (
+            "compressed-tensors, FP8 static",
+            lambda files: files.update({f"{UP}.input_scale": torch.ones(3)}),
+            rf"{UP}\.input_scale has shape \[3\], the model wants \[1\]",
+        ),
+        (
+            "compressed-tensors, W8A8",
+            lambda files: files.update({f"{UP}.weight": files[f"{UP}.weight"].view(torch.uint8)}),
+            rf"{UP}\.weight is of torch\.uint8, the format's codes are of torch\.int8",
+        ),
+        (
+            "compressed-tensors, W4A8",
+            lambda files: files.update({f"{UP}.weight": files[f"{UP}.weight"][:, :-1].clone()}),
+            rf"{UP}\.weight is of torch\.int8 \[128, 63\], the format's values are a matrix .* even number",
+        ),
+        (
+            "compressed-tensors, W3A16",
+            lambda files: files.update({f"{UP}.weight_shape": torch.tensor([128.0, 64.0])}),
+            rf"{UP}\.weight_packed, read as codes, needs a weight_shape of two whole numbers, .* torch\.float32 \[2\]",
+        ),
+        (
+            "compressed-tensors, NVFP4",
+            lambda files: files.update({f"{UP}.weight_global_scale": torch.ones(2)}),
+            rf"{UP}\.weight_scale, read as scale, has 2 numbers in weight_global_scale beside it, NVFP4 has one",
+        ),
+        (
+            "gptq, all inputs in one group",
+            lambda files: files.update({f"{DOWN}.scales": files[f"{DOWN}.scales"].repeat(2, 1)}),
+            rf"{DOWN}\.scales, read as scale, has shape \[64, 2\], the model wants \[64, 1\]",
+        ),
+        (
+            "awq",
+            lambda files: files.update({f"{DOWN}.scales": files[f"{DOWN}.scales"][0, 0].clone()}),
+            rf"{DOWN}\.scales, read as scale, has shape \[\], the format's is a matrix",
+        ),
+        (
+            "bitsandbytes, int8",
+            lambda files: files.update({f"{DOWN}.SCB": files[f"{DOWN}.SCB"].int()}),
+            rf"{DOWN}\.SCB, read as scale, is of torch\.int32, the format's scales are floats",
+        ),
+        (
+            "bitsandbytes, double",
+            lambda files: files.update({f"{DOWN}.weight.nested_quant_map": torch.ones(255)}),
+            rf"{DOWN}\.weight\.absmax, read as scale, has nested_quant_map of 255 .* 256",
+        ),
+        (
+            "bitsandbytes",
+            lambda files: files.pop(f"{DOWN}.weight.quant_state.bitsandbytes__nf4"),
+            rf"{DOWN}\.weight needs weight\.quant_state\.bitsandbytes__nf4",
+        ),
+        (
+            "torchao, pairs",
+            lambda files: files.update({f"{DOWN}._weight_zero_point": torch.zeros(1, 64)}),
+            rf"{DOWN}\._weight_zero_point, .* has shape \[1, 64\], and the scales beside it \[4, 64\]",
+        ),
+        (
             "compressed-tensors, W3A16",
             lambda files: files.update({f"{UP}.weight_shape": torch.tensor([64])}),
-            rf"{UP}\.weight_packed, read as codes, needs a weight_shape of two numbers",
+            rf"{UP}\.weight_packed, read as codes, needs a weight_shape of two whole numbers",
         ),
     ],
 )  # fmt: skip
@@ -350,6 +425,16 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         pack_weights(TinyEngine(broken(made, name, tmp_path / "broken", change)).model)
+
+
+def test_a_pointer_in_the_place_of_weights_is_named(made, tmp_path: Path) -> None:
+    shutil.copytree(made["awq"][0], folder := tmp_path / "cloned")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors is a pointer of Git LFS, not the weights: .*git lfs pull"
+    ):
+        TinyEngine(folder)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from kernels.weights import ShapeError
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # by a model's rules, which call a tied head's so as well
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
@@ -151,7 +152,18 @@ def names_in(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as checkpoint:
             return list(checkpoint.keys())
     except (OSError, SafetensorError) as error:
+        if is_pointer(file):
+            raise ModelError(f"{file} is a pointer of Git LFS, not the weights: fetch them by git lfs pull") from None
         raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether Git LFS left a note in a file's place, as it does where it is not installed."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.errors import ModelError
-from engine.quantization.bits import check_words
+from engine.quantization.bits import check_words, turned_scales
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, is_head
 from kernels.quantized import Format
@@ -21,6 +21,7 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
 
 def pack_inputs(words: torch.Tensor) -> torch.Tensor:
     """Return the codes [8 columns, rows / 2] of int32 [rows, columns]: two rows a byte, none of them unpacked."""
+    check_words(words)
     if len(words) % 2:
         raise ShapeError(f"has {len(words)} inputs, which must be an even number")
     stored = _bytes(words)
@@ -51,7 +52,7 @@ def stored_awq(group_size: int) -> Stored:
         {
             "qweight": ("codes", pack_inputs),
             "qzeros": ("zero", unpack_words),
-            "scales": ("scale", torch.t),
+            "scales": ("scale", turned_scales),
         },
     )
 

@@ -13,6 +13,41 @@ def check_words(words: torch.Tensor) -> None:
         raise ShapeError(f"is of {words.dtype} {list(words.shape)}, the format's words are a matrix of torch.int32")
 
 
+def turned(values: torch.Tensor) -> torch.Tensor:
+    """Return a matrix transposed. `ShapeError` if it is none."""
+    if values.dim() != 2:
+        raise ShapeError(f"has shape {list(values.shape)}, the format's is a matrix")
+    return values.t()
+
+
+def turned_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales [outputs, groups] of [groups, outputs]."""
+    check_floats(scales)
+    return turned(scales)
+
+
+def check_floats(scales: torch.Tensor) -> None:
+    """Raise `ShapeError` unless `scales` are of a dtype of floats that are no codes."""
+    is_code = scales.dtype.itemsize == 1 and scales.dtype != torch.float8_e8m0fnu
+    if is_code or not scales.is_floating_point():
+        raise ShapeError(f"is of {scales.dtype}, the format's scales are floats")
+
+
+def pack_signed(values: torch.Tensor) -> torch.Tensor:
+    """Return int4 codes of a matrix of int8 from -8 to 7."""
+    if values.dtype != torch.int8 or values.dim() != 2 or values.shape[1] % 2:
+        raise ShapeError(f"is of {values.dtype} {list(values.shape)}, the format's values are a matrix of torch.int8 "
+                         "with an even number of columns")  # fmt: skip
+    return pack_int4(values + INT4_ZERO)
+
+
+def unsigned_zeros(zeros: torch.Tensor) -> torch.Tensor:
+    """Return the zeros of `pack_signed`'s codes, which are int8 as these were."""
+    if zeros.dtype != torch.int8:
+        raise ShapeError(f"is of {zeros.dtype}, the format's zeros are of torch.int8")
+    return (zeros + INT4_ZERO).to(torch.uint8)
+
+
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Return uint8 [rows, 32 words / bits] of int32 [rows, words], whose bits are one row of values."""
     check_words(words)

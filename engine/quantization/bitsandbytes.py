@@ -8,6 +8,8 @@ import torch
 
 from engine.errors import ModelError
 from engine.quantization import CHECKED, With
+from engine.quantization.bits import check_floats
+from engine.quantization.floats import row_scales
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, is_head
 from kernels.quantized import TABLES, Format
@@ -35,6 +37,8 @@ def read_state(state: torch.Tensor | None) -> tuple[int, int, Mapping[str, Any]]
 def codes(stored: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
     """Return the codes [rows, columns / 2] of bytes whose high half is the even column; without a state, no codes."""
     if state is None:
+        if stored.shape[1:] == (1,):  # of bytes in a row, not of a matrix
+            read_state(state)
         return stored
     rows, columns, _ = read_state(state)
     if stored.nbytes * 2 != rows * columns:
@@ -54,9 +58,17 @@ def scales(
         if of_blocks is None or meanings is None or "nested_offset" not in found:
             raise ShapeError("is of bytes, without nested_absmax, nested_quant_map and an offset")
         size, device = int(found.get("nested_blocksize", 256)), absmax.device
+        if meanings.shape != (256,) or of_blocks.numel() != -(-absmax.numel() // size):
+            raise ShapeError(
+                f"has nested_quant_map of {meanings.numel()} and nested_absmax of {of_blocks.numel()} numbers, the "
+                f"format's are of 256 and {-(-absmax.numel() // size)}"
+            )
+        check_floats(of_blocks)
+        check_floats(meanings)
         of_each = of_blocks.to(device).repeat_interleave(size)[: len(absmax)]
         absmax = meanings.to(device)[absmax.long()] * of_each + found["nested_offset"]
-    return absmax.view(rows, -1)
+    check_floats(absmax)
+    return absmax.reshape(rows, -1)
 
 
 def stored_4_bit(kind: str, table: str, largest: float) -> Stored:
@@ -90,7 +102,7 @@ FOUR_BITS = {"nf4": stored_4_bit("nf4", "nf4", 1.0), "fp4": stored_4_bit("fp4", 
 # What the library computes in higher precision, inputs beyond a threshold, it rounds the others for: nothing is, here.
 INT8 = Stored(
     Format("int8"),
-    {"weight": ("weight",), "SCB": ("scale", lambda largest: largest.float() / 127), "weight_format": None},
+    {"weight": ("weight",), "SCB": ("scale", lambda largest: row_scales(largest) / 127), "weight_format": None},
 )
 
 

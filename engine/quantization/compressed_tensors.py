@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import ModelError
 from engine.quantization import With
-from engine.quantization.bits import codes_of, zeros_of
+from engine.quantization.bits import codes_of, pack_signed, turned, unsigned_zeros, zeros_of
 from engine.quantization.floats import (
     MX_GROUP,
     NOT_OF_WEIGHTS,
@@ -21,7 +21,7 @@ from engine.quantization.floats import (
 from engine.quantization.fp8 import checked_block
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, objects
-from kernels.quantized import INT4_ZERO, Format, pack_int4
+from kernels.quantized import Format
 from kernels.weights import ShapeError
 
 CLASSES = ("Linear",)  # of modules, that a group may name in place of these
@@ -110,7 +110,7 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
         return found[:, : size_of(shape)[1] // (2 if bits <= 4 else 1)]
 
     def zeros(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-        return zeros_of(words.t(), bits).t()[: size_of(shape)[0]]
+        return zeros_of(turned(words), bits).t()[: size_of(shape)[0]]
 
     form = Format(
         "int4" if bits <= 4 else "int8",
@@ -135,8 +135,8 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
 
 def size_of(shape: torch.Tensor) -> tuple[int, int]:
     """Return the rows and columns that a `weight_shape` says."""
-    if shape.shape != (2,):
-        raise ShapeError(f"needs a weight_shape of two numbers, and that is of {list(shape.shape)}")
+    if shape.shape != (2,) or shape.is_floating_point():
+        raise ShapeError(f"needs a weight_shape of two whole numbers, and that is of {shape.dtype} {list(shape.shape)}")
     rows, columns = shape.tolist()
     return rows, columns
 
@@ -155,10 +155,10 @@ def _plain(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mappi
     )
 
     def codes(values: torch.Tensor) -> torch.Tensor:
-        return pack_int4(values + INT4_ZERO) if bits <= 4 and values.dtype == torch.int8 else values
+        return pack_signed(values) if bits <= 4 and values.dtype == torch.int8 else values
 
     def zeros(values: torch.Tensor) -> torch.Tensor:
-        return values.half() if bits > 4 else (values + INT4_ZERO).to(torch.uint8)
+        return values.half() if bits > 4 else unsigned_zeros(values)
 
     return Stored(
         form,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from engine.quantization import With
+from engine.quantization.bits import check_floats
 from engine.quantization.packed import Stored
 from kernels.quantized import FP8, Format
 from kernels.weights import ShapeError
@@ -16,6 +17,7 @@ E8M0_BIAS = 127
 
 def row_scales(scale: torch.Tensor, block_rows: int = 1) -> torch.Tensor:
     """Return float32 scales of rows: of all (one number), of each row, or of blocks of rows, which are repeated."""
+    check_floats(scale)
     scale = scale.float()
     if scale.numel() == 1:
         return scale.reshape(1, 1)
@@ -28,7 +30,7 @@ def row_scales(scale: torch.Tensor, block_rows: int = 1) -> torch.Tensor:
 
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """Return the E8M0 numbers that `exponents` hold, as bfloat16, which has all of them."""
-    if exponents.is_floating_point():  # of a dtype that knows what it is
+    if exponents.dtype == torch.float8_e8m0fnu:  # which knows what it is
         return exponents.to(torch.bfloat16)
     if exponents.dtype != torch.uint8:
         raise ShapeError(f"is of {exponents.dtype}, scales of powers of two are bytes")
@@ -85,6 +87,9 @@ def stored_nvfp4(weight: str, global_scale: str, *, divides: bool, group_size: i
     def product(scale: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:
         if scale.dtype != FP8:
             raise ShapeError(f"is of {scale.dtype}, NVFP4's scales are of {FP8}")
+        if of_all.numel() != 1:
+            raise ShapeError(f"has {of_all.numel()} numbers in {global_scale} beside it, NVFP4 has one")
+        check_floats(of_all)
         of_all = of_all.to(scale.device).float()
         return scale.float() / of_all if divides else scale.float() * of_all
 

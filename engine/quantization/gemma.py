@@ -23,7 +23,7 @@ def stored_gemma(bits: int) -> Stored:
         raise ModelError(f"Gemma's weights of {bits} bits are not supported, only of 2, 4 and 8")
 
     def codes(values: torch.Tensor) -> torch.Tensor:
-        if bits == 8 or values.dtype.itemsize != 1:
+        if bits == 8 or values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
             return values
         stored = values.view(torch.uint8)
         if bits == 4:

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import ModelError
 from engine.quantization import CHECKED, Transform
-from engine.quantization.bits import codes_of, zeros_of
+from engine.quantization.bits import codes_of, turned, turned_scales, zeros_of
 from engine.quantization.marlin import stored_marlin
 from engine.quantization.modules import Modules, own_names, regular_expression
 from engine.quantization.packed import ByModule, Stored, entry, is_head, objects
@@ -57,9 +57,9 @@ def stored_gptq(options: Options) -> Stored:
     return Stored(
         form,
         {
-            "qweight": ("codes", lambda words: codes_of(words.t(), bits, has_zero=has_zero)),
+            "qweight": ("codes", lambda words: codes_of(turned(words), bits, has_zero=has_zero)),
             "qzeros": zeros if has_zero else None,
-            "scales": ("scale", torch.t),
+            "scales": ("scale", turned_scales),
             "g_idx": ("order",) if has_order else (CHECKED, in_order(options.group_size)),
         },
     )
@@ -69,9 +69,10 @@ def in_order(group_size: int) -> Transform:
     """Return the check that groups are of consecutive inputs, where they are said to be."""
 
     def check(g_idx: torch.Tensor) -> torch.Tensor:
-        if not torch.equal(g_idx.long(), torch.arange(len(g_idx), device=g_idx.device) // (group_size or len(g_idx))):
-            raise ShapeError(f"does not number groups of {group_size or len(g_idx)} inputs one after another, which "
-                             f"desc_act false says: correct desc_act in quantization_config")  # fmt: skip
+        size = group_size or max(g_idx.numel(), 1)
+        if not torch.equal(g_idx.long(), torch.arange(g_idx.numel(), device=g_idx.device) // size):
+            raise ShapeError(f"does not number groups of {size} inputs one after another, which desc_act false says: "
+                             "correct desc_act in quantization_config")  # fmt: skip
         return g_idx
 
     return check

@@ -7,10 +7,11 @@ import torch
 
 from engine.errors import ModelError, shown
 from engine.quantization import CHECKED, Scheme, With
+from engine.quantization.bits import check_floats, pack_signed, turned, turned_scales, unsigned_zeros
 from engine.quantization.floats import row_scales, stored_fp8
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, is_head, objects
-from kernels.quantized import INT4_ZERO, Format, pack_int4
+from kernels.quantized import INT4_ZERO, Format
 from kernels.weights import ShapeError
 
 CODES, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
@@ -99,10 +100,10 @@ def _integers(settings: Mapping[str, Any], *, inputs: str | None = None) -> Stor
     )
 
     def codes(values: torch.Tensor) -> torch.Tensor:
-        return pack_int4(values + INT4_ZERO) if is_int4 else values
+        return pack_signed(values) if is_int4 else values
 
     def zeros(values: torch.Tensor) -> torch.Tensor:
-        return (values + INT4_ZERO).to(torch.uint8) if is_int4 else values.half()
+        return unsigned_zeros(values) if is_int4 else values.half()
 
     of_zero = ("zero", zeros) if has_zero else (CHECKED, _all_zero)
     return Stored(form, {CODES: ("codes", codes), SCALE: ("scale", row_scales), ZERO: of_zero})
@@ -125,13 +126,18 @@ def _pairs(settings: Mapping[str, Any]) -> Stored:
         raise ModelError(f"torchao's int4_packing_format {layout!r} is a device's own and is not supported, only plain")
 
     def codes(pairs: torch.Tensor) -> torch.Tensor:
+        if pairs.dtype not in (torch.int8, torch.uint8):
+            raise ShapeError(f"is of {pairs.dtype}, the format's pairs are bytes")
         return pairs.view(torch.uint8) ^ 0x88  # of numbers from -8 on
 
     def minimum(added: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (INT4_ZERO * scale.to(added.device).float() - added.float()).t()
+        check_floats(added)
+        if added.shape != scale.shape:
+            raise ShapeError(f"has shape {list(added.shape)}, and the scales beside it {list(scale.shape)}")
+        return turned(INT4_ZERO * scale.to(added.device).float() - added.float())
 
     form = Format("int4", entry(settings, "group_size", int, 128), has_minimum=True)
-    scale = ("scale", lambda scale: scale.float().t())
+    scale = ("scale", turned_scales)
     return Stored(form, {CODES: ("codes", codes), SCALE: scale, ZERO: ("minimum", With((SCALE,), minimum))})
 
 
