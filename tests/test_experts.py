@@ -142,6 +142,25 @@ def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_ti
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    "family", ["mixtral", "minimax-m2", "glm-4.5", "ernie-4.5-moe", "hunyuan-moe", "granite-moe", "phi-3.5-moe", "dbrx"]
+)
+def test_a_file_may_hold_experts_as_transformers_has_them_in_memory(
+    family: str, make_tiny_model: MakeTinyModel
+) -> None:
+    import transformers
+
+    name, options = FAMILIES[family]
+    folder, ids = make_tiny_model(getattr(transformers, name), family, **options), random_ids(20, seed=0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stacked = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert stacked.keys() - load_file(folder / "model.safetensors").keys() or family == "dbrx"
+    save_file(stacked, folder / "model.safetensors")
+    got, wanted = packed(TinyEngine(folder)).forward({0: ids}), model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "phi-3.5-moe", "gpt-oss"])
 def test_each_token_has_the_experts_of_the_reference(
     family: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch

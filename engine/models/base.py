@@ -17,7 +17,7 @@ from engine.layers.layer import Layer, LayerConfig
 from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
-from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, TIED_HEAD, Convert, Rule
+from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, TIED_HEAD, Convert, Rule, stacked_names
 from engine.quantization import Quantization
 
 RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
@@ -147,7 +147,8 @@ class CausalLM(Layer):
     @property
     def rules(self) -> Sequence[Rule]:
         """Rules that lead from a checkpoint's tensors to this model's: first into its layout, then to its names."""
-        return (Convert(self.quantization), *self.names)
+        num_experts = next((experts.routing.num_experts for experts in self.config.experts if experts), 0)
+        return (Convert(self.quantization), *self.names, *(stacked_names(num_experts) if num_experts else ()))
 
     @property
     def has_rope_axes(self) -> bool:

@@ -21,7 +21,7 @@ from engine.models.base import CausalLM
 from engine.models.ernie import Ernie45
 from engine.models.granite import Granite
 from engine.models.hunyuan import HunYuan
-from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Transpose, Unstack
+from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Transpose, Unstack, stacked_names
 from engine.models.spelling import with_rope
 from kernels.routing import Routing
 
@@ -93,7 +93,7 @@ class Olmoe(CausalLM):
 
 class MiniMaxM2(CausalLM):
     checkpoint = (
-        Rename(r"\.block_sparse_moe\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
+        Rename(r"\.(block_sparse_moe|mlp)\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
         *Mixtral.checkpoint,
     )
 
@@ -127,7 +127,7 @@ class Glm4Moe(CausalLM):
 
 
 class Ernie45Moe(Ernie45):
-    checkpoint = (Rename(r"\.moe_statics\.", ".gate."), *EXPERTS)
+    checkpoint = (Rename(r"(\.gate)?\.moe_statics\.", ".gate."), *EXPERTS)
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -177,7 +177,9 @@ class GraniteMoe(Granite):
     def names(self) -> Sequence[Rule]:
         num_experts = self.config.raw["num_local_experts"]
         return (
-            Rename(r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
+            Rename(r"\.block_sparse_moe\.router(\.layer)?\.", ".mlp.gate."),
+            Rename(r"\.block_sparse_moe\.experts\.", ".mlp.experts."),
+            *stacked_names(num_experts),
             Unstack(r"\.block_sparse_moe\.input_linear\.", ".mlp.experts.gate_up_proj.", num_experts),
             Unstack(r"\.block_sparse_moe\.output_linear\.", ".mlp.experts.down_proj.", num_experts),
             Rename(r"\.shared_mlp\.input_linear\.", ".mlp.shared_experts.gate_up_proj."),

@@ -280,6 +280,17 @@ LANGUAGE_HALF: tuple[Rule, ...] = (
 )
 
 
+def stacked_names(num_experts: int) -> tuple[Rule, ...]:
+    """Return the rules for experts in one tensor each, outputs first, as transformers 5 has them in memory.
+
+    What it saves has them one by one; what trainers save or send of a model that runs may not.
+    """
+    return (
+        Unstack(r"(\.mlp\.experts\.(?:gate_up|down)_proj)$", r"\1.weight", num_experts),
+        Split("mlp.experts.gate_up_proj", ("mlp.experts.gate_proj", "mlp.experts.up_proj"), (1, 1)),
+    )
+
+
 def fused_names(num_heads: int, num_kv_heads: int) -> tuple[Rule, ...]:
     """Return the rules of a checkpoint whose queries, keys and values are one tensor, and gate and up another."""
     return (

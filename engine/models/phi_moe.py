@@ -13,6 +13,7 @@ from engine.layers.norm import LayerNorm
 from engine.model_config import ExpertsConfig, ModelConfig, parse_windows, read_decoder
 from engine.models.base import CausalLM
 from engine.models.moe import Mixtral, everywhere
+from engine.models.names import Rename
 from kernels.routing import Routing
 
 
@@ -22,7 +23,7 @@ class PhiMoeBlock(PreNorm):
 
 class PhiMoe(CausalLM):
     block = PhiMoeBlock
-    checkpoint = Mixtral.checkpoint
+    checkpoint = (Rename(r"\.mlp\.router\.", ".mlp.gate."), *Mixtral.checkpoint)
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
