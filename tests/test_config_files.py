@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
 from engine.errors import ModelError
+from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig
 from engine.models.defaults import DEFAULTS
-from engine.models.registry import load_config
+from engine.models.names import pieces_of
+from engine.models.registry import build_model, load_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -127,3 +130,31 @@ def test_layers_have_experts_where_the_file_says(
 def test_a_deepseek_v2_with_the_router_of_v3_has_it(tmp_path: Path) -> None:
     v2 = {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux_tc", "norm_topk_prob": True}
     assert read(tmp_path, DEEPSEEK | v2).experts == read(tmp_path, DEEPSEEK).experts
+
+
+@pytest.mark.parametrize(
+    ("entries", "prefix", "dropped"),
+    [
+        (DEEPSEEK, "model.", [4]),
+        (DEEPSEEK | {"num_nextn_predict_layers": 2}, "model.", [4, 5]),
+        (DEEPSEEK | {"architectures": ["KimiVLForConditionalGeneration"]}, "language_model.model.", [4]),
+        (SIZES | EXPERTS | {"architectures": ["Glm4MoeForCausalLM"], "num_nextn_predict_layers": 2}, "model.", [4, 5]),
+        (
+            SIZES | EXPERTS | {"architectures": ["Glm4vMoeForConditionalGeneration"], "model_type": "glm4v_moe_text"},
+            "model.language_model.",
+            [4],
+        ),
+        (
+            SIZES | {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+            | {"num_mtp_modules": 3, "head_dim": 16},
+            "model.",
+            [4, 5, 6],
+        ),
+    ],
+)  # fmt: skip
+def test_layers_behind_the_last_one_are_dropped_and_no_others(
+    entries: dict[str, Any], prefix: str, dropped: list[int], tmp_path: Path
+) -> None:
+    rules = build_model(read(tmp_path, entries), LayerConfig(torch.float32)).rules
+    found = [i for i in range(9) if not pieces_of(f"{prefix}layers.{i}.input_layernorm.weight", rules)]
+    assert found == dropped

@@ -23,7 +23,7 @@ from engine.layers.rotary import mscale
 from engine.model_config import ExpertsConfig, LatentConfig, ModelConfig, read_decoder
 from engine.models.base import CausalLM
 from engine.models.moe import EXPERTS, sigmoid_routing
-from engine.models.names import Ignore, Interleave, Rule
+from engine.models.names import Ignore, Interleave, Rule, ignored_behind
 from engine.rope_config import RopeConfig
 from kernels.routing import Routing
 
@@ -122,12 +122,9 @@ class DeepseekV2(CausalLM):
 
     @property
     def names(self) -> Sequence[Rule]:
-        # Layers behind the last one predict several tokens at once.
-        num_layers, num_more = self.config.num_hidden_layers, self.config.raw.get("num_nextn_predict_layers", 1)
-        behind = "|".join(str(num_layers + i) for i in range(max(num_more, 1)))
         is_interleaved = self.config.raw.get("rope_interleave", True)
         pairs = latent_names(self.config) if is_interleaved else ()
-        return (Ignore(rf"^model\.layers\.({behind})\."), *super().names, *pairs)
+        return (*super().names, ignored_behind(self.config.raw), *pairs)
 
 
 class DeepseekV3(DeepseekV2):

@@ -6,7 +6,7 @@ from typing import Any
 from engine.model_config import ModelConfig
 from engine.models.glm import Glm4
 from engine.models.moe import Glm4Moe
-from engine.models.names import Ignore, Rule
+from engine.models.names import Rule, ignored_behind
 from engine.models.qwen_vl import with_sections
 
 SECTIONS = (8, 12, 12)  # pairs of a head that turn by frame, row and column
@@ -27,7 +27,7 @@ class GlmOcr(Glm4v):
 
     @property
     def names(self) -> Sequence[Rule]:
-        return (*super().names, Ignore(rf"^model\.layers\.{self.config.num_hidden_layers}\."))
+        return (*super().names, ignored_behind(self.config.raw))
 
 
 class Glm4vMoe(Glm4Moe):

@@ -21,7 +21,18 @@ from engine.models.base import CausalLM
 from engine.models.ernie import Ernie45
 from engine.models.granite import Granite
 from engine.models.hunyuan import HunYuan
-from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Transpose, Unstack, stacked_names
+from engine.models.names import (
+    COMMON_NAMES,
+    Ignore,
+    Rename,
+    Rule,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+    ignored_behind,
+    stacked_names,
+)  # fmt: skip
 from engine.models.spelling import with_rope
 from kernels.routing import Routing
 
@@ -106,6 +117,10 @@ class MiniMaxM2(CausalLM):
             raw = with_rope(raw, partial_rotary_factor=rotary_dim / raw["head_dim"])
         return read_decoder(raw, qk_norm=qk_norm, experts=everywhere(raw, experts))
 
+    @property
+    def names(self) -> Sequence[Rule]:
+        return (*super().names, ignored_behind(self.config.raw))
+
 
 class Glm4Moe(CausalLM):
     @staticmethod
@@ -121,9 +136,7 @@ class Glm4Moe(CausalLM):
 
     @property
     def names(self) -> Sequence[Rule]:
-        # Layers behind the last one predict several tokens at once.
-        behind = Ignore(rf"^model\.layers\.{self.config.num_hidden_layers}\.")
-        return (behind, *super().names, EXPERTS[0])
+        return (*super().names, ignored_behind(self.config.raw), EXPERTS[0])
 
 
 class Ernie45Moe(Ernie45):

@@ -6,7 +6,7 @@ A tensor becomes one piece or several; each rule looks at the piece's name as th
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -278,6 +278,16 @@ LANGUAGE_HALF: tuple[Rule, ...] = (
     Rename(r"^(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
     Rename(r"^language_model\.lm_head\.", "lm_head."),
 )
+
+
+def ignored_behind(raw: dict[str, Any]) -> Ignore:
+    """Return the rule that drops the layers behind the last one, which predict several tokens at once.
+
+    raw: config.json, which says how many they are, or nothing where there is one.
+    """
+    first = raw["num_hidden_layers"]
+    count = max(raw.get("num_nextn_predict_layers", raw.get("num_mtp_modules", 1)), 1)
+    return Ignore(rf"^model\.layers\.({'|'.join(str(first + i) for i in range(count))})\.")
 
 
 def stacked_names(num_experts: int) -> tuple[Rule, ...]:
