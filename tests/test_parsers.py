@@ -87,6 +87,14 @@ def qwen_coder(name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>\n<function={name}>\n{''.join(pairs)}</function>\n</tool_call>"
 
 
+def minimax(name: str, arguments: dict[str, Any]) -> str:
+    pairs = [
+        f'<parameter name="{key}">{value if isinstance(value, str) else dump(value)}</parameter>\n'
+        for key, value in arguments.items()
+    ]
+    return f'<invoke name="{name}">\n{"".join(pairs)}</invoke>\n'
+
+
 def python_call(name: str, arguments: dict[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
@@ -120,6 +128,15 @@ ANSWERS = {
         for name, given in CALLS
     ),
     "qwen3_coder": "\n".join(qwen_coder(*call) for call in CALLS),
+    "seed_oss": "\n".join(
+        qwen_coder(*call).replace("<tool_call>", "<seed:tool_call>", 1)[: -len("</tool_call>")] + "</seed:tool_call>"
+        for call in CALLS
+    ),
+    "minimax-m2": f"<minimax:tool_call>\n{''.join(minimax(*call) for call in CALLS)}</minimax:tool_call>",
+    "minimax-m2 one by one": "\n".join(f"<minimax:tool_call>\n{minimax(*call)}</minimax:tool_call>" for call in CALLS),
+    "hunyuan": f"<tool_calls>[\n{', '.join(json_call(*call) for call in CALLS)}\n]</tool_calls>",
+    "granite": f"<|tool_call|>[{', '.join(json_call(*call) for call in CALLS)}]",
+    "granite of Phi": f"<|tool_call|>[{', '.join(json_call(*call) for call in CALLS)}]<|/tool_call|>",
 }
 
 
@@ -165,7 +182,12 @@ def test_an_answer_cut_off_anywhere_loses_nothing(case: str) -> None:
             assert delta.text == answer[:i]
         for call, full in zip(delta.tool_calls, whole.tool_calls, strict=False):
             assert call.name == full.name
-            if case not in ("glm45", "qwen3_coder"):  # half an end mark is part of their values
+            if format_of(case) not in (
+                "glm45",
+                "minimax-m2",
+                "qwen3_coder",
+                "seed_oss",
+            ):  # half an end mark is part of their values
                 assert full.arguments.startswith(call.arguments)
 
 
@@ -206,6 +228,8 @@ UNKNOWN = {
     "glm45": "<tool_call>rm\n</tool_call>",
     "gpt-oss": "<|channel|>commentary to=functions.rm <|constrain|>json<|message|>{}<|call|>",
     "qwen3_coder": "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
+    "minimax-m2": '<minimax:tool_call>\n<invoke name="rm">\n</invoke>\n</minimax:tool_call>',
+    "granite": '<|tool_call|>[{"name": "rm", "arguments": {}}]',
 }
 
 
@@ -396,6 +420,11 @@ def test_analysis_that_is_not_wanted_apart_keeps_its_marks_and_calls_are_found()
         ("<|tool_calls_section_begin|>", "kimi_k2", None),
         ("<|start|>assistant to=functions.{{ name }}<|channel|>commentary json<|message|>", "gpt-oss", "gpt-oss"),
         ("<|python_start|>", "pythonic", None),
+        ("{%- set begin = '<minimax:tool_call>' %}<invoke name=\"<think>", "minimax-m2", "qwen3"),
+        ("{%- set begin = '<seed:tool_call>' %}<function=example><seed:think>", "seed_oss", "seed_oss"),
+        ("<tool_calls>[{{ call | tojson }}]</tool_calls><think>", "hunyuan", "qwen3"),
+        ("<|start_of_role|>assistant<|end_of_role|><|tool_call|>", "granite", None),
+        ("{{ '<|' + message['role'] + '|>' }}<|tool|>{{ message['tools'] }}<|/tool|>", "granite", None),
         ("<|python_tag|>", "llama3", None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None, None),
     ],
@@ -410,7 +439,9 @@ HOSTILE = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<|tool_calls_section_begin|><|tool_call_begin|>",
     "<tool_call>get_time<arg_key>", "<tool_call>get_weather<arg_key>days</arg_key><arg_value>",
     "<|channel|>", "<|start|>", "<|channel|>commentary to=", "<|channel|>commentary to=functions.get_time<|message|>",
-    "<function=", "<function=get_weather><parameter=days>",
+    "<function=", "<function=get_weather><parameter=days>", "<tool_calls>[", "<|tool_call|>[{",
+    "<minimax:tool_call><invoke name=get_weather>",
+    '<minimax:tool_call><invoke name="get_weather"><parameter name=days>',
 )  # fmt: skip
 
 

@@ -365,6 +365,12 @@ WRITTEN = {
     "<arg_value>3</arg_value>\n<arg_key>unit</arg_key>\n<arg_value>C</arg_value>\n</tool_call>",
     "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\n3\n"
     "</parameter>\n<parameter=unit>\nC\n</parameter>\n</function>\n</tool_call>",
+    "seed_oss": "<seed:tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\n3\n"
+    "</parameter>\n<parameter=unit>\nC\n</parameter>\n</function>\n</seed:tool_call>",
+    "minimax-m2": '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Ulm</parameter>\n'
+    '<parameter name="days">3</parameter>\n<parameter name="unit">C</parameter>\n</invoke>\n</minimax:tool_call>',
+    "hunyuan": f'<tool_calls>[{{"name": "weather", "arguments": {COMPACT}}}]</tool_calls>',
+    "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {COMPACT}}}]',
 }
 
 

@@ -62,6 +62,7 @@ REASONING_FORMATS = {
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
     "qwen3": THINK,
     "qwen3-thinking": ALWAYS_THINK,
+    "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
     "step3": ALWAYS_THINK,
 }
 
@@ -69,7 +70,8 @@ REASONING_FORMATS = {
 def find_reasoning_format(template: str) -> str | None:
     """Return the name of the format whose marks a chat template writes. Whether it has begun is the prompt's to say."""
     for mark, name in (
-        (CHANNEL, "gpt-oss"), ("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<think>", "qwen3"), ("</think>", "qwen3"),
+        (CHANNEL, "gpt-oss"), ("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<seed:think>", "seed_oss"),
+        ("<think>", "qwen3"), ("</think>", "qwen3"),
     ):  # fmt: skip
         if mark in template:
             return name

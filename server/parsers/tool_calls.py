@@ -463,6 +463,33 @@ class MistralV11(Mistral):
         return json_tag(f"[TOOL_CALLS]{tool.name}[ARGS]", tool, "")
 
 
+class Granite(ToolFormat):
+    """<|tool_call|> and a list of calls in JSON, of Granite 3; Phi-4-mini ends it with a mark."""
+
+    trigger, end = "<|tool_call|>", "<|/tool_call|>"
+    begins: tuple[str, ...] = (trigger,)
+    written_end = ""
+
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from read_json_calls(calls)
+        yield from reader.skip_space()
+        yield from reader.accept(self.end)
+
+    def tag(self, tool: Tool) -> JSON:
+        begin = f'{self.trigger}[{{"name": {json_of(tool.name)}, "arguments": '
+        return json_tag(begin, tool, f"}}]{self.written_end}")
+
+
+class Hunyuan(Granite):
+    """A list of calls in JSON between two marks."""
+
+    trigger, end = "<tool_calls>", "</tool_calls>"
+    begins = (trigger,)
+    written_end = end
+
+
 class SectionFormat(ToolFormat):
     """A section of calls, each between marks of its own: its name, a separator, and its arguments in JSON."""
 
@@ -690,13 +717,13 @@ class Glm45(ToolFormat):
 class Qwen3Coder(ToolFormat):
     """<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>, a line each."""
 
-    begins = ("<tool_call>", "<function=")
-    trigger = "<tool_call>"
+    trigger, end = "<tool_call>", "</tool_call>"
+    begins: tuple[str, ...] = (trigger, "<function=")
     value_ends = ("\n</parameter>", "</parameter>", "\n<parameter=", "\n</function>")
 
     def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
         reader = calls.reader
-        if mark == "<tool_call>":
+        if mark == self.trigger:
             yield from reader.skip_space()
             yield from reader.expect("<function=")
         name = yield from reader.read_until((">",), MAX_NAME_LEN)
@@ -715,16 +742,65 @@ class Qwen3Coder(ToolFormat):
         yield from reader.expect("</function>")
         arguments.close()
         yield from reader.skip_space()
-        yield from reader.accept("</tool_call>")
+        yield from reader.accept(self.end)
 
     def tag(self, tool: Tool) -> JSON:
-        begin = f"<tool_call>\n<function={tool.name}>\n"
+        begin = f"{self.trigger}\n<function={tool.name}>\n"
         content = argument_formats(tool, lambda key: (f"<parameter={key}>\n", "\n</parameter>\n"))
-        return {"type": "tag", "begin": begin, "content": content, "end": "</function>\n</tool_call>"}
+        return {"type": "tag", "begin": begin, "content": content, "end": f"</function>\n{self.end}"}
 
     def written(self, name: str, arguments: JSON) -> str:
         pairs = [f"<parameter={key}>\n{text_of(value)}\n</parameter>" for key, value in arguments.items()]
-        return "\n".join(["<tool_call>", f"<function={name}>", *pairs, "</function>", "</tool_call>"])
+        return "\n".join([self.trigger, f"<function={name}>", *pairs, "</function>", self.end])
+
+
+class SeedOss(Qwen3Coder):
+    """Qwen 3 Coder's calls between marks of Seed's own."""
+
+    trigger, end = "<seed:tool_call>", "</seed:tool_call>"
+    begins = (trigger, "<function=")
+
+
+class MiniMaxM2(ToolFormat):
+    """<invoke name="..."> with a <parameter name="..."> for each argument; one call or several between two marks."""
+
+    trigger, end = "<minimax:tool_call>", "</minimax:tool_call>"
+    begins = (trigger,)
+
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from reader.expect("<invoke name=")
+        while True:
+            arguments = Arguments(calls, calls.tool((yield from self._read_quoted(reader))))
+            yield from reader.skip_space()
+            while (yield from reader.accept("<parameter name=")):
+                key = yield from self._read_quoted(reader)
+                if not (yield from arguments.read_value(key, ("</parameter>",))):
+                    return
+                reader.take(len("</parameter>"))
+                yield from reader.skip_space()
+            yield from reader.expect("</invoke>")
+            arguments.close()
+            yield from reader.skip_space()
+            if (yield from reader.accept("<invoke name=", self.end)) != "<invoke name=":
+                return
+
+    @staticmethod
+    def _read_quoted(reader: Reader) -> Reading[str]:
+        """Read a name, and what ends the mark that it stands in."""
+        name = yield from reader.read_until((">",), MAX_NAME_LEN)
+        reader.take(1)
+        return name.strip().strip("\"'")
+
+    def tag(self, tool: Tool) -> JSON:
+        content = argument_formats(tool, lambda key: (f'<parameter name="{key}">', "</parameter>\n"))
+        begin = f'{self.trigger}\n<invoke name="{tool.name}">\n'
+        return {"type": "tag", "begin": begin, "content": content, "end": f"</invoke>\n{self.end}"}
+
+    def written(self, name: str, arguments: JSON) -> str:
+        pairs = [f'<parameter name="{key}">{text_of(value)}</parameter>' for key, value in arguments.items()]
+        return "\n".join([self.trigger, f'<invoke name="{name}">', *pairs, "</invoke>", self.end])
 
 
 TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {
@@ -732,13 +808,17 @@ TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {
     "deepseekv31": DeepSeekV31,
     "glm45": Glm45,
     "gpt-oss": GptOss,
+    "granite": Granite,
+    "hunyuan": Hunyuan,
     "kimi_k2": KimiK2,
     "llama3": Llama3,
+    "minimax-m2": MiniMaxM2,
     "mistral": Mistral,
     "mistral_v11": MistralV11,
     "pythonic": Pythonic,
     "qwen25": Hermes,
     "qwen3_coder": Qwen3Coder,
+    "seed_oss": SeedOss,
 }
 # The first of these whose marks a chat template holds names its format.
 TEMPLATE_MARKS = (
@@ -754,6 +834,11 @@ TEMPLATE_MARKS = (
     (("<|python_start|>",), "pythonic"),
     (("[func_name1(params_name1=",), "pythonic"),
     (("<|python_tag|>",), "llama3"),
+    (("<minimax:tool_call>",), "minimax-m2"),
+    (("<seed:tool_call>",), "seed_oss"),
+    (("<tool_calls>",), "hunyuan"),
+    (("<|tool_call|>",), "granite"),
+    (("<|tool|>",), "granite"),  # of Phi-4-mini, which shows where tools stand alone
     (('"parameters": dictionary of argument name',), "llama3"),
 )
 
