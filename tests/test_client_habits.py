@@ -277,9 +277,9 @@ async def test_token_ids_are_scored_as_texts_are(client: Client, engine: FakeEng
 
 async def test_lines_about_requests_are_switched_on_and_off(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     def lines() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == "server.http.live"]
+        return [record.getMessage() for record in caplog.records if record.name == "server.apis.request_logging"]
 
-    caplog.set_level("INFO", logger="server.http.live")
+    caplog.set_level("INFO", logger="server.apis.request_logging")
     await post(client, "/generate", text="a")
     assert lines() == []
     asked = {"log_requests": True, "log_requests_level": 3}

@@ -804,10 +804,10 @@ async def test_keys_are_not_told(engine: FakeEngine) -> None:
 async def test_each_ended_request_is_a_line_when_asked_for(
     engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", "server.http.live"):
+    with caplog.at_level("INFO", "server.apis.request_logging"):
         async with serving(engine, log_requests=True, log_requests_level=2) as client:
             await generate(client, text="Hi", rid="mine")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.http.live"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.apis.request_logging"]
     assert "mine" in line
     assert "completion_tokens=12" in line
     assert "'Hello, world'" in line

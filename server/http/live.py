@@ -1,8 +1,6 @@
 """The requests that HTTP clients wait for now: who owns them, and how they end."""
 
 import asyncio
-import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.engine import Engine, TokenizerFacade
+from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
 from engine.media import PromptMedia
 from engine.request import Request, SamplingParams
@@ -21,9 +19,6 @@ from server.http.intake import paced
 from server.http.owners import bill
 from server.reading.protocol import Owner
 
-logger = logging.getLogger(__name__)
-
-MAX_LOGGED_CHARS = 2048
 MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
 MANY_REQUESTS = 512  # likewise
 CLIENT_CLOSED_REQUEST = 499
@@ -195,35 +190,3 @@ async def written(write: Callable[[], web.Response], states: Sequence[RequestSta
     has_hidden = any(state.return_hidden_states for state in states)
     is_long = count > MANY_LOGPROBS or len(states) > MANY_REQUESTS or has_hidden
     return await asyncio.to_thread(write) if is_long else write()
-
-
-def escaped(text: str) -> str:
-    """Return a client's text for a line of the log: without line ends and other control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-class RequestLog:
-    """Writes a line for each request that ended. `level` 0 to 3: how much it reports, see --log-requests-level."""
-
-    def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
-        self.tokenizer, self.level = tokenizer, level
-
-    def __call__(self, state: RequestState) -> None:
-        reason = state.finish_reason
-        facts: dict[str, Any] = {
-            "prompt_tokens": state.prompt_len,
-            "completion_tokens": len(state.output_ids),
-            "cached_tokens": state.num_cached_tokens,
-            "finish_reason": reason.type if reason else None,
-            "seconds": round((state.times.finished or time.perf_counter()) - state.times.arrived, 4),
-        }
-        if self.level >= 1:
-            facts["sampling_params"] = state.resolved_params()
-        if self.level >= 2:
-            limit = MAX_LOGGED_CHARS if self.level == 2 else None
-            decode = self.tokenizer.decode
-            facts["prompt"] = decode(state.request.input_ids, skip_special_tokens=False)[:limit]
-            facts["answer"] = decode(state.output_ids, skip_special_tokens=False)[:limit]
-        logger.info(
-            "request %s: %s", escaped(state.rid), ", ".join(f"{name}={value!r}" for name, value in facts.items())
-        )
