@@ -47,7 +47,7 @@ WINGS = {
     "engine.layers": {"engine.quantization"},
     "engine.models": {"engine.layers", "engine.quantization"},
     "engine.checkpoint": {"engine.models", "engine.layers", "engine.quantization", "engine.text"},
-    "engine.vision": {"engine.checkpoint", "engine.models"},
+    "engine.vision": {"engine.checkpoint", "engine.models", "engine.text"},
     "engine.step": {"engine.schedule", "engine.models", "engine.layers", "engine.text"},
     "engine.ranks": {"engine.step", "engine.checkpoint", "engine.rank_maintenance"},
     "server.parsers": {"server.reading"},

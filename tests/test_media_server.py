@@ -193,6 +193,19 @@ async def test_placeholders_that_somebody_wrote_about_are_text_and_show_nothing(
             assert usage["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize("num_pictures", [0, 1])
+async def test_a_text_of_placeholders_alone_is_refused_before_all_of_it_is_read(
+    client: Client, num_pictures: int
+) -> None:
+    shown = [{"type": "image_url", "image_url": {"url": f"data:;base64,{ONE}"}}] * num_pictures
+    for text, why in (("<image>" * 100_000, "more than 8192 tokens"), ("word " * 100_000, "500")):
+        message = {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+        response = await client.post("/v1/chat/completions", json={**GREEDY, "messages": [message]})
+        error = (await response.json())["error"]
+        assert (response.status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+        assert why in error["message"] and "the context is 2048" in error["message"]
+
+
 async def test_token_ids_may_show_pictures_where_no_text_is_read(qwen: Path) -> None:
     ids = [5, VISION_START, IMAGE, VISION_END, 6]
     body = {"input_ids": ids, "image_data": ONE, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}

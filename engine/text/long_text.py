@@ -91,7 +91,7 @@ class LongTexts:
             _check_uncut(piece, max_chars)
             ids += self._encode(piece, False)
             if len(ids) > max_tokens:
-                raise _too_many(max_tokens, context_length)
+                raise too_many_tokens(max_tokens, context_length)
         return ids + last
 
     def _check_chars(self, text: str, context_length: int) -> None:
@@ -177,7 +177,7 @@ class LongTexts:
         return whole[:start], whole[start + len(bare) :]
 
 
-def _too_many(max_tokens: int, context_length: int | None) -> InvalidRequest:
+def too_many_tokens(max_tokens: int, context_length: int | None) -> InvalidRequest:
     """Return the error for a text of more than `max_tokens`."""
     if context_length is None:
         return InvalidRequest(f"text has more than {max_tokens} tokens, the limit for one text", "text")

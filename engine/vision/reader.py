@@ -17,6 +17,7 @@ from engine.errors import InvalidRequest, ModelError, shown
 from engine.media import CUT, Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
 from engine.models.architectures import FLAT_LLAVA, KIMI, KIMI_VIDEOS
+from engine.text.long_text import COUNTED_CONTEXTS, MAX_TOKENS, too_many_tokens
 from engine.vision.families import FAMILIES
 from engine.vision.family import Family, Published, Writing, rope_positions
 from engine.vision.kimi import KimiFiles
@@ -169,9 +170,12 @@ class MediaReader:
     ) -> list[int]:
         """Return the token ids of a prompt. A placeholder that the tokenizer does not know stays a negative id."""
         encode = functools.partial(self._encode, context_length=context_length)
-        first, *others = self._no_text.split(text)
+        max_tokens = MAX_TOKENS if context_length is None else COUNTED_CONTEXTS * context_length
+        first, *others = self._no_text.split(text, max_tokens)
         ids = encode(first, add_special_tokens=add_special_tokens)
         for piece in others:
+            if len(ids) > max_tokens:  # short as each piece is
+                raise too_many_tokens(max_tokens, context_length)
             if piece in self._absent:
                 ids.append(self._absent[piece])
             elif piece and piece != CUT:

@@ -85,6 +85,8 @@ class MediaReader:
         media = await self.read(in_order(text, parts, self.engine.media_kinds, field, may_be_written=may_be_written))
         try:
             return await self.engine.encode_media(prompt, media, add_special_tokens=add_special_tokens)
+        except PromptTooLong:
+            raise
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}: {error}", field) from None
 
