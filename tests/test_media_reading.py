@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import io
+import math
 import os
 import re
 import struct
@@ -668,17 +669,62 @@ def _encoder() -> None:
 
 
 @functools.cache
-def video_file(num_frames: int = 30, fps: int = 10, size: tuple[int, int] = (64, 48), format_: str = "mp4") -> bytes:
+def video_file(
+    num_frames: int = 30,
+    fps: int = 10,
+    size: tuple[int, int] = (64, 48),
+    format_: str = "mp4",
+    *,
+    is_even: bool = True,
+    is_live: bool = False,
+) -> bytes:
+    """Return a video. is_even: each frame is of one color. is_live: it was sent off before its length was known."""
     av = pytest.importorskip("av")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format_) as container:
+    with av.open(buffer, "w", format=format_, options={"live": "1"} if is_live else {}) as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), i * 8, np.uint8), format="rgb24")
+            pixels = np.full((size[1], size[0], 3), i * 8, np.uint8)
+            if not is_even:
+                pixels[: size[1] // 2, : size[0] // 4] = 200
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+# What a matrix beside a video has its frames shown as: where a step to the right goes, and one down.
+TURNS: dict[tuple[int, int, int, int], Callable[[np.ndarray], np.ndarray]] = {
+    (1, 0, 0, 1): lambda frame: frame,
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),  # a telephone held upright
+    (-1, 0, 0, -1): lambda frame: np.rot90(frame, 2),
+    (0, -1, 1, 0): lambda frame: np.rot90(frame),
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (0, 1, 1, 0): lambda frame: frame.swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_a_video_is_upright_however_its_camera_was_held(matrix: tuple[int, int, int, int]) -> None:
+    plain = bytearray(video_file(4, format_="mp4", is_even=False))
+    start = plain.index(b"tkhd") + 44
+    before = struct.unpack(">9i", plain[start : start + 36])
+    assert before == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), "the matrix of a video that is shown as it is"
+    a, b, c, d = (value << 16 for value in matrix)
+    turned = bytes(plain[:start]) + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + bytes(plain[start + 36 :])
+    wanted, found = (videos.decode(data, videos.read_header(data, {}), math.inf) for data in (bytes(plain), turned))
+    assert len(found) == len(wanted)
+    for frame, upright in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(upright, TURNS[matrix](frame))
+    assert not np.array_equal(wanted[0], wanted[0][:, ::-1]) and not np.array_equal(wanted[0], wanted[0][::-1])
+
+
+def test_a_recording_without_a_length_is_as_long_as_what_is_in_it() -> None:
+    data, wanted = video_file(format_="matroska", is_live=True), video_file(format_="matroska")
+    assert videos.read_header(data, {}) == videos.read_header(wanted, {})
+    assert len(data) < len(wanted), "without an index"
 
 
 async def test_two_frames_a_second_are_taken_of_a_video_from_its_first_to_its_last() -> None:

@@ -2,9 +2,11 @@
 
 import importlib
 import io
+import itertools
 import math
+import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ NO_LIBRARY = "is a video file, which this server cannot read: pip install 'radix
 NO_VIDEO = "is no video in MP4, MOV, MKV, WEBM or AVI"
 FRAMES_IN_FLIGHT = 20  # that a decoder keeps, at most
 BYTES_A_PIXEL = 3  # of a decoder's frame, at most
+Turn = Callable[[np.ndarray], np.ndarray]  # pixels [height, width, 3] -> the same, upright
 MAX_FRAMES_READ = 1 << 16  # up to the last that is taken: half an hour
 
 
@@ -26,7 +29,7 @@ class Header:
     """Say which frames are taken of a video, and how large."""
 
     format: str
-    width: int  # of a frame as it is taken
+    width: int  # of a frame as it is taken, before it is turned upright
     height: int
     indices: tuple[int, ...]  # among all frames
     fps: float  # of all frames
@@ -52,6 +55,8 @@ def read_header(data: bytes, settings: Mapping[str, int]) -> Header:
             width, height = stream.codec_context.width, stream.codec_context.height
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             num_frames = stream.frames or _count(container, stream, fps)
+            if not num_frames:
+                num_frames, fps = _count_packets(container, stream)
     except (av.FFmpegError, ValueError, ArithmeticError) as error:
         raise _broken(error) from None
     if not 0 < width * height <= MAX_FRAME_PIXELS:
@@ -75,13 +80,13 @@ def choose_frames(num_frames: int, fps: float, settings: Mapping[str, int]) -> t
 
 
 def decode(data: bytes, header: Header, deadline: float) -> np.ndarray:
-    """Return the frames that the header chose, uint8 [frames, height, width, 3].
+    """Return the frames that the header chose, upright, uint8 [frames, height, width, 3].
 
     deadline: in time.monotonic() seconds. Where frames are missing at the end, the last one stands for them.
     """
     av = _library()
-    frames = np.empty((len(header.indices), header.height, header.width, 3), np.uint8)
-    taken = 0
+    frames, taken = np.empty(0, np.uint8), 0
+    turn: Turn = _as_it_is
     try:
         with av.open(io.BytesIO(data), format=header.format) as container:
             for index, frame in enumerate(container.decode(_stream(container))):
@@ -90,7 +95,11 @@ def decode(data: bytes, header: Header, deadline: float) -> np.ndarray:
                 if frame.width * frame.height > MAX_FRAME_PIXELS:
                     raise BrokenMedia(f"has a frame of {frame.width} x {frame.height} pixels")
                 while taken < len(header.indices) and header.indices[taken] == index:
-                    frames[taken] = frame.to_ndarray(format="rgb24", width=header.width, height=header.height)
+                    pixels = frame.to_ndarray(format="rgb24", width=header.width, height=header.height)
+                    if not taken:
+                        turn = _turn_of(frame)
+                        frames = np.empty((len(header.indices), *turn(pixels).shape), np.uint8)
+                    frames[taken] = turn(pixels)
                     taken += 1
                 if taken == len(header.indices):
                     break
@@ -136,6 +145,38 @@ def _count(container: Any, stream: Any, fps: float) -> int:
     if stream.duration is not None and stream.time_base is not None:
         return round(float(stream.duration * stream.time_base) * fps)
     return round((container.duration or 0) / 1e6 * fps)
+
+
+def _count_packets(container: Any, stream: Any) -> tuple[int, float]:
+    """Return the frames of a video and how many come in a second, where no header says: as browsers record them."""
+    times = [
+        packet.pts
+        for packet in itertools.islice(container.demux(stream), MAX_FRAMES_READ + 1)
+        if packet.pts is not None
+    ]
+    span_s = float((max(times) - min(times)) * stream.time_base) if times else 0.0
+    return len(times), (len(times) - 1) / span_s if span_s else float(FPS)
+
+
+def _turn_of(frame: Any) -> Turn:
+    """Return what turns frames upright, by quarters, or as in a mirror, as a telephone notes beside them."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _as_it_is
+    # Where the axes of a frame go: what is right of a pixel to (a, b), what is below it to (c, d).
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    is_sideways = abs(b) > abs(a)
+    across, down = (c, b) if is_sideways else (a, d)
+
+    def turn(pixels: np.ndarray) -> np.ndarray:
+        upright = pixels.swapaxes(0, 1) if is_sideways else pixels
+        return upright[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+    return turn
+
+
+def _as_it_is(pixels: np.ndarray) -> np.ndarray:
+    return pixels
 
 
 def _broken(error: Exception) -> BrokenMedia:
