@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.local import LocalEngine
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
-from server.config import parse_args
+from server.command_line import parse_args
 
 TOPICS = (
     "the tides", "bread", "a bicycle", "the Roman roads", "photosynthesis", "chess", "the violin", "rain", "glass",

@@ -19,7 +19,7 @@ from engine.local import LocalEngine
 from engine.schedule.plan import Plan
 from engine.step.model_runner import ModelRunner
 from kernels.corun import STEP_TOKENS
-from server.config import parse_args
+from server.command_line import parse_args
 
 PROMPT_LEN = 1024
 SIZES = ((1152, 128), (STEP_TOKENS, 64), (STEP_TOKENS, 160), (STEP_TOKENS, 288), (4096, 288))  # tokens, decodes of them

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import server.lang as ours
-from server.config import parse_args
+from server.command_line import parse_args
 from server.lang.backends.base import JSON, BackendError
 
 NUM_QUESTIONS, NUM_SHOTS = 64, 20

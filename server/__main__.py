@@ -42,7 +42,8 @@ from engine.step.first_start import start_compilers_at_first_start
 from engine.watchdog import Watchdog
 from server.apis.file_store import FILE_STORE
 from server.app import build_app
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.http.access_log import JsonAccessLogger
 from server.http.connections import Connections
 from server.http.intake import Acceptor

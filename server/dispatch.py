@@ -57,7 +57,7 @@ def _server_words(words: list[str]) -> int | list[str]:
         print(f"radixloop {version()}")
         raise SystemExit(0)
     if {"-h", "--help"} & set(words):
-        from server.config import parse_args
+        from server.command_line import parse_args
 
         parse_args(words, os.environ)
     return words if has_what_servers_need() else 1

@@ -15,7 +15,8 @@ import pytest
 import torch
 from aiohttp import FormData
 
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.fleet.router import RouterConfig
 from server.foreign_flags import ANY, ForeignFlag
 from server.foreign_tables import ROUTER_FLAGS, SERVER_FLAGS

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.dispatch import dispatch
 from tests.fake_engine import FakeEngine, serving
 

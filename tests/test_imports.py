@@ -33,6 +33,7 @@ WORDS = {
     },
     "server": {
         "server.config",
+        "server.command_line",
         "server.foreign_flags",
         "server.foreign_tables",
         "server.commands",

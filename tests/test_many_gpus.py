@@ -10,7 +10,7 @@ from bench.compare import WORKLOADS
 from bench.many_gpus import PARTS, SERVERS, Measurement, argument_parser, choose, run_all
 from bench.many_gpus import WORKLOADS as CHOSEN_WORKLOADS
 from bench.shapes import SHAPES
-from server.config import parse_args
+from server.command_line import parse_args
 
 
 def asked(*words: str) -> argparse.Namespace:

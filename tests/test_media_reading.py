@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 
 from engine.errors import InvalidRequest, PromptTooLong, QueueFull
 from engine.media import Image, Kind, Media, MediaSize, Video
-from server.config import parse_args
+from server.command_line import parse_args
 from server.http.bodies import BodyBudget, BodyTooLarge
 from server.media import decoding, fetch, files, images, limits, reader, videos
 from server.media.addresses import is_public

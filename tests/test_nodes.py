@@ -23,7 +23,7 @@ from engine.errors import ModelError
 from engine.local import LocalEngine
 from engine.ranks.leader import arrive
 from engine.ranks.nodes import ADDRESS_KEY, NodeLink, NodeLinks, interface_to, open_store
-from server.config import parse_args
+from server.command_line import parse_args
 from server.fleet.torchrun import torchrun_options
 from tests.server_processes import (
     SERVER,

@@ -17,7 +17,8 @@ from engine.request import Request, SamplingParams
 from engine.schedule.fairness import FairShares, Queue
 from engine.state import FinishReason, RequestState
 from server.apis import sessions
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.http import keys
 from server.http.keys import KeyRing
 from server.http.owners import MAX_OWN_PRIORITY

@@ -14,7 +14,8 @@ import yaml
 import server.lang as sgl
 from engine.state import RequestState
 from server.app import build_app
-from server.config import SECRET_VARIABLES, ServerConfig, make_parser, parse_args, read_options
+from server.command_line import make_parser, parse_args, read_options
+from server.config import SECRET_VARIABLES, ServerConfig
 from server.dispatch import dispatch
 from server.fleet.router import RouterConfig
 from server.foreign_flags import MODELSCOPE_VARIABLES

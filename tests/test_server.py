@@ -27,7 +27,8 @@ from engine.step.model_runner import Step
 from engine.text.tokenizer import Tokenizer
 from server.__main__ import main
 from server.app import build_app
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.http.sse import HIGH_WATER_BYTES, EventStream
 from server.parsers.tool_calls import json_of
 from tests.client import Client, events_of

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine.step.host_memory import available_host_memory
+from server.command_line import parse_args
 from server.commands import COMMANDS
-from server.config import REASONING_PARSERS, TOOL_CALL_PARSERS, parse_args
+from server.config import REASONING_PARSERS, TOOL_CALL_PARSERS
 from server.dispatch import dispatch
 from server.parser_names import REASONING_NAMES, TOOL_NAMES
 from server.parsers.reasoning import REASONING_FORMATS

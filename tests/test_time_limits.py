@@ -10,7 +10,7 @@ import pytest
 from engine.request import Request, SamplingParams
 from engine.state import FinishReason, RequestState, Status
 from engine.time_limits import TimeLimits
-from server.config import parse_args
+from server.command_line import parse_args
 from tests.test_engine import running_engine
 
 

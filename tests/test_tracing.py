@@ -9,7 +9,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.config import ServerConfig, parse_args
+from server.command_line import parse_args
+from server.config import ServerConfig
 from server.http.tracing import MAX_TRACED, TracingUnavailable, check_tracing, protocol_of
 from tests.client import Client
 from tests.fake_engine import FakeEngine, serving

@@ -28,7 +28,8 @@ from yarl import URL
 from engine.config import option
 from server.__main__ import warm_up
 from server.app import build_app
-from server.config import ServerConfig, make_parser, read_options, to_arguments
+from server.command_line import make_parser, read_options, to_arguments
+from server.config import ServerConfig
 from server.fleet.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
 from server.foreign_tables import SERVER_FLAGS
 from server.http.connections import MAX_LINE_BYTES

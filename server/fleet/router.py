@@ -32,7 +32,8 @@ from engine.declared import Object
 from engine.errors import EngineError, InvalidRequest
 from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
-from server.config import HTTP, LOG_LEVELS, make_parser, read_options
+from server.command_line import make_parser, read_options
+from server.config import HTTP, LOG_LEVELS
 from server.fleet.prompts import prompt_of
 from server.fleet.workers import Worker, Workers
 from server.foreign_tables import ROUTER_FLAGS

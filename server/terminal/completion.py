@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
 
 def command_parser() -> argparse.ArgumentParser:
     """Return a parser of every command and of the server's flags, to be read and not to parse with."""
+    from server.command_line import server_parser
     from server.commands import COMMANDS
-    from server.config import server_parser
     from server.terminal.chat import argument_parser as chat_parser
 
     parser = server_parser()
