@@ -37,7 +37,13 @@ from kernels.routing import Routing, route
 from kernels.weights import Part, Weight
 from tests.quantized_files import CASES, E2M1, write_quantized
 from tests.test_engine import collect, make_state, running_engine
-from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
+from tests.test_models import (
+    MakeTinyModel,
+    TinyEngine,
+    assert_equals_bare_reference,
+    assert_equals_reference,
+    random_ids,
+)  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
@@ -139,6 +145,14 @@ def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_ti
     name, options = FAMILIES[family]
     folder = make_tiny_model(getattr(transformers, name), family, random_norms=True, **options)
     assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "llama 4", "dbrx", "phi-3.5-moe", "glm-4.5"])
+def test_a_decoder_with_experts_and_without_a_head_has_the_states_of_the_reference(
+    family: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    name, options = FAMILIES[family]
+    assert_equals_bare_reference(name, options, make_tiny_model, tmp_path)
 
 
 @torch.inference_mode()

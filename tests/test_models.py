@@ -25,6 +25,7 @@ from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import LayerConfig, named_layers
 from engine.models.architectures import ALIASES, ARCHITECTURES, BY_TEXT, FLAT_LLAVA, LANGUAGE_MODELS, READ_VIDEOS
 from engine.models.base import CausalLM
+from engine.models.pooled import PooledModel
 from engine.models.registry import build_model, load_config
 from engine.step.model_runner import SingleTokens
 from engine.step.splitter import StepSplitter
@@ -123,6 +124,26 @@ def reference_logits(folder: Path, ids: list[int]) -> torch.Tensor:
 
 def random_ids(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(3, 384, length).tolist()
+
+
+@torch.inference_mode()
+def assert_equals_bare_reference(
+    name: str, options: dict[str, Any], make_tiny_model: MakeTinyModel, folder: Path
+) -> None:
+    """Compare the last states of a prompt, of a checkpoint of a decoder alone. name: of transformers' config class."""
+    import transformers
+
+    generating = make_tiny_model(getattr(transformers, name), "generating", random_norms=True, **options)
+    model = transformers.AutoModel.from_pretrained(generating, dtype=torch.float32, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    ids = random_ids(20, seed=0)
+    engine = TinyEngine(folder)
+    for layer in dict.fromkeys(layer for _, layer in named_layers(engine.model)):
+        layer.pack()
+    assert isinstance(engine.model, PooledModel)
+    engine.model.compute_logits = lambda hidden: hidden  # type: ignore[method-assign]
+    wanted = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(engine.forward({0: ids}), wanted, rtol=0, atol=MAX_DIFFERENCE)
 
 
 def assert_equals_reference(engine: TinyEngine, folder: Path, first: list[int], second: list[int]) -> None:

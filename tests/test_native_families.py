@@ -17,7 +17,14 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.models.registry import load_config
-from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
+from tests.test_models import (
+    MAX_DIFFERENCE,
+    TinyEngine,
+    assert_equals_bare_reference,
+    assert_equals_reference,
+    random_ids,
+    reference_logits,
+)  # fmt: skip
 
 MakeTinyModel = Callable[..., Path]
 
@@ -248,6 +255,14 @@ def logits_of_ranks(folder: Path, num_ranks: int, ids: list[int]) -> torch.Tenso
     for thread in threads:
         thread.join()
     return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("family", ["gemma 3", "gemma 4 E2B", "phi 2", "falcon", "mpt", "gpt-neox"])
+def test_a_decoder_without_a_head_has_the_states_of_the_reference(
+    family: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    name, options = FAMILIES[family]
+    assert_equals_bare_reference(name, options, make_tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

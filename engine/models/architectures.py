@@ -177,9 +177,12 @@ ARCHITECTURES = {
 ALIASES = {
     "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
     "ChatGLMModel": "ChatGLMForCausalLM",
+    "Gemma3TextForCausalLM": "Gemma3ForCausalLM",
+    "Gemma4TextForCausalLM": "Gemma4ForCausalLM",
     "GPT2LMHeadModel": "GPT2ForCausalLM",
     "Kimi_K25ForConditionalGeneration": "KimiK25ForConditionalGeneration",
     "LLaMAForCausalLM": "LlamaForCausalLM",
+    "Llama4TextForCausalLM": "Llama4ForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
     "Grok1ModelForCausalLM": "Grok1ForCausalLM",
     "PhimoeForCausalLM": "PhiMoEForCausalLM",

@@ -145,10 +145,16 @@ class CausalLM(Layer):
         return rules
 
     @property
+    def stacks(self) -> Sequence[Rule]:
+        """Rules that take stacks of experts apart, before a format's tensors are converted one expert at a time."""
+        return ()
+
+    @property
     def rules(self) -> Sequence[Rule]:
         """Rules that lead from a checkpoint's tensors to this model's: first into its layout, then to its names."""
         num_experts = next((experts.routing.num_experts for experts in self.config.experts if experts), 0)
-        return (Convert(self.quantization), *self.names, *(stacked_names(num_experts) if num_experts else ()))
+        in_memory = stacked_names(num_experts) if num_experts else ()
+        return (*self.stacks, Convert(self.quantization), *self.names, *in_memory)
 
     @property
     def has_rope_axes(self) -> bool:

@@ -61,9 +61,9 @@ class Dbrx(CausalLM):
         assert experts is not None
         num_heads, num_kv_heads, num_experts = attention.num_heads, attention.num_kv_heads, experts.routing.num_experts
         return (
-            Rename(r"^transformer\.wte\.", "model.embed_tokens."),
-            Rename(r"^transformer\.blocks\.", "model.layers."),
-            Rename(r"^transformer\.norm_f\.", "model.norm."),
+            Rename(r"^(transformer\.)?wte\.", "model.embed_tokens."),
+            Rename(r"^(transformer\.)?blocks\.", "model.layers."),
+            Rename(r"^(transformer\.)?norm_f\.", "model.norm."),
             Rename(r"\.norm_attn_norm\.norm_1\.", ".input_layernorm."),
             Rename(r"\.norm_attn_norm\.norm_2\.", ".post_attention_layernorm."),
             Rename(r"\.norm_attn_norm\.attn\.out_proj\.", ".self_attn.o_proj."),

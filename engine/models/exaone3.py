@@ -11,9 +11,9 @@ from engine.models.spelling import respelled
 
 class Exaone3(CausalLM):
     checkpoint: ClassVar[Sequence[Rule]] = (
-        Rename(r"^transformer\.h\.", "model.layers."),
-        Rename(r"^transformer\.wte\.", "model.embed_tokens."),
-        Rename(r"^transformer\.ln_f\.", "model.norm."),
+        Rename(r"^(transformer\.)?h\.", "model.layers."),
+        Rename(r"^(transformer\.)?wte\.", "model.embed_tokens."),
+        Rename(r"^(transformer\.)?ln_f\.", "model.norm."),
         Rename(r"\.ln_1\.", ".input_layernorm."),
         Rename(r"\.ln_2\.", ".post_attention_layernorm."),
         Rename(r"\.attn\.attention\.out_proj\.", ".self_attn.o_proj."),

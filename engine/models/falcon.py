@@ -45,9 +45,9 @@ class Falcon(CausalLM):
     checkpoint = (
         Rename(r"\.ln_attn\.", ".input_layernorm."),
         *COMMON_NAMES,
-        Rename(r"^transformer\.h\.", "model.layers."),
-        Rename(r"^transformer\.word_embeddings\.", "model.embed_tokens."),
-        Rename(r"^transformer\.ln_f\.", "model.norm."),
+        Rename(r"^(transformer\.)?h\.", "model.layers."),
+        Rename(r"^(transformer\.)?word_embeddings\.", "model.embed_tokens."),
+        Rename(r"^(transformer\.)?ln_f\.", "model.norm."),
         Rename(r"\.ln_mlp\.", ".post_attention_layernorm."),
         *MEGATRON_NAMES,
     )

@@ -57,12 +57,11 @@ class GptOss(CausalLM):
         )
 
     @property
-    def rules(self) -> Sequence[Rule]:
+    def stacks(self) -> Sequence[Rule]:
         num_experts = self.config.raw["num_local_experts"]
         return (
             *stacked_experts(num_experts),
             Unstack(r"(\.experts\.\w+_proj)_(blocks|scales|bias)$", r"\1.\2", num_experts),
-            *super().rules,
         )
 
     @property

@@ -55,8 +55,8 @@ class Llama4(CausalLM):
         return replace(config, attention=tuple(attention))
 
     @property
-    def rules(self) -> Sequence[Rule]:
-        return (*stacked_experts(self.config.raw["num_local_experts"]), *super().rules)
+    def stacks(self) -> Sequence[Rule]:
+        return stacked_experts(self.config.raw["num_local_experts"])
 
     @property
     def names(self) -> Sequence[Rule]:

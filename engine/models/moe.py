@@ -40,7 +40,7 @@ EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NA
 
 
 def stacked_experts(num_experts: int) -> tuple[Rule, ...]:
-    """Return the rules for experts that one tensor holds, inputs first, as `rules` has them: before a format's own.
+    """Return the rules for experts that one tensor holds, inputs first, as `stacks` has them: before a format's own.
 
     They are taken apart first, so that a format's tensors are converted one expert at a time.
     """

@@ -32,9 +32,9 @@ class Mpt(CausalLM):
     checkpoint = (
         *COMMON_NAMES,
         Split("Wqkv", ("q_proj", "k_proj", "v_proj"), (1, 1, 1)),
-        Rename(r"^transformer\.blocks\.", "model.layers."),
-        Rename(r"^transformer\.wte\.", "model.embed_tokens."),
-        Rename(r"^transformer\.norm_f\.", "model.norm."),
+        Rename(r"^(transformer\.)?blocks\.", "model.layers."),
+        Rename(r"^(transformer\.)?wte\.", "model.embed_tokens."),
+        Rename(r"^(transformer\.)?norm_f\.", "model.norm."),
         Rename(r"\.norm_1\.", ".input_layernorm."),
         Rename(r"\.norm_2\.", ".post_attention_layernorm."),
         Rename(r"\.attn\.out_proj\.", ".attn.o_proj."),

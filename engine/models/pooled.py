@@ -11,6 +11,8 @@ from engine.models.base import CausalLM
 from engine.models.names import TIED_HEAD, Ignore, Rename, Rule
 from kernels.weights import Part
 
+PREFIXED = Rename(r"^(?=layers\.|embed_tokens|norm\.|per_layer_)", "model.")
+
 
 class PooledModel(CausalLM):
     """A decoder alone (LlamaModel, ...). Its checkpoint may name the weights with or without `model.` before them."""
@@ -23,10 +25,16 @@ class PooledModel(CausalLM):
         self.config, self.model, self.lm_head = decoder.config, decoder.model, decoder.lm_head
         # Nobody reads the head's weight, where the file has one: it is not the embedding's.
         self._decoder_names = [Ignore(rule.pattern) if rule is TIED_HEAD else rule for rule in decoder.names]
+        self._decoder_stacks = decoder.stacks
 
     @property
     def names(self) -> Sequence[Rule]:
-        return (*self._decoder_names, Rename(r"^(?=layers\.|embed_tokens\.|norm\.)", "model."))
+        # Rules of some families read whole names, and those of others make them.
+        return (PREFIXED, *self._decoder_names, PREFIXED)
+
+    @property
+    def stacks(self) -> Sequence[Rule]:
+        return self._decoder_stacks
 
 
 class SequenceClassifier(PooledModel):

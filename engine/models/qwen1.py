@@ -37,9 +37,9 @@ class Qwen1(CausalLM):
     @property
     def names(self) -> Sequence[Rule]:
         return (
-            Rename(r"^transformer\.h\.", "model.layers."),
-            Rename(r"^transformer\.wte\.", "model.embed_tokens."),
-            Rename(r"^transformer\.ln_f\.", "model.norm."),
+            Rename(r"^(transformer\.)?h\.", "model.layers."),
+            Rename(r"^(transformer\.)?wte\.", "model.embed_tokens."),
+            Rename(r"^(transformer\.)?ln_f\.", "model.norm."),
             Rename(r"\.ln_1\.", ".input_layernorm."),
             Rename(r"\.ln_2\.", ".post_attention_layernorm."),
             Split("attn.c_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (1, 1, 1)),

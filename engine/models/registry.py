@@ -68,8 +68,8 @@ def _build(config: ModelConfig, layers: LayerConfig) -> CausalLM:
         if architecture in ARCHITECTURES:
             return _class_of(architecture, config.model_type)(config, layers)
         for suffix, head in HEADS.items():
-            family = architecture.removesuffix(suffix) + CAUSAL
-            if architecture.endswith(suffix) and family in ARCHITECTURES:
+            family = _causal(architecture, suffix)
+            if family in ARCHITECTURES:
                 decoder = _class_of(family, config.model_type)(
                     dataclasses.replace(config, tie_word_embeddings=True), layers
                 )
@@ -108,14 +108,20 @@ def _stem(architecture: str) -> str:
     return architecture.partition("For")[0].removesuffix(BARE)
 
 
+def _causal(architecture: str, suffix: str) -> str:
+    """Return the architecture that has a head for tokens where `suffix` names another; "" if it names none."""
+    name = architecture.removesuffix(suffix) + CAUSAL
+    return ALIASES.get(name, name) if architecture.endswith(suffix) else ""
+
+
 def _family_of(architectures: Sequence[str], model_type: str | None) -> type[CausalLM] | None:
     """Return the class that runs the first known one of `architectures`, None if none is known."""
     for architecture in architectures:
         if architecture in ARCHITECTURES:
             return _class_of(architecture, model_type)
         for suffix in HEADS:
-            family = architecture.removesuffix(suffix) + CAUSAL
-            if architecture.endswith(suffix) and family in ARCHITECTURES:
+            family = _causal(architecture, suffix)
+            if family in ARCHITECTURES:
                 return _class_of(family, model_type)
     return None
 
