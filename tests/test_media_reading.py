@@ -567,16 +567,48 @@ async def test_a_name_that_changes_its_address_is_connected_to_where_it_was_look
         assert "no public address" in await refusal(site.url(), reading)
 
 
-async def test_a_redirect_is_not_followed() -> None:
+REFUSED_REDIRECTS = {
+    "http://127.0.0.1:22/": "with port 22",
+    "//elsewhere.example:{port}/a.png": "'elsewhere.example', which is not among",
+    "//inside.example:{port}/a.png": "no public address",
+    "file:///etc/passwd": "no URL of the form",
+    "//user:secret@files.example:{port}/": "no URL of the form",
+    "/again": "redirected more than 3 times",
+}
+
+
+@pytest.mark.parametrize("location", REFUSED_REDIRECTS)
+async def test_a_redirect_leads_nowhere_that_a_client_may_not_ask_for(location: str) -> None:
     asked = []
 
     async def redirect(request: web.Request) -> web.Response:
-        asked.append(request.path)
-        raise web.HTTPFound("http://127.0.0.1:22/")
+        asked.append((request.host.partition(":")[0], request.path))
+        raise web.HTTPFound(location.format(port=site.server.port))
+
+    async def lookup(host: str, _port: int) -> list[str]:
+        return ["10.0.0.1" if host == "inside.example" else "127.0.0.1"]
 
     async with Site(redirect) as site:
-        assert "is redirected" in await refusal(site.url(), site.reader())
-    assert asked == ["/a.png"]
+        reading = site.reader(lookup, ["files.example", "inside.example", "127.0.0.1"])
+        text = await refusal(site.url(), reading)
+        assert "is redirected" in text and REFUSED_REDIRECTS[location] in text
+        assert reading._budget.num_bytes == 0
+    again = [("files.example", "/again")] * 3 if location == "/again" else []
+    assert asked == [("files.example", "/a.png"), *again]
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", "binary/octet-stream"])
+async def test_a_redirect_within_what_is_allowed_is_followed_to_a_file_of_any_name(content_type: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        if request.path != "/files/b?c":
+            raise web.HTTPMovedPermanently(
+                {"/a.png": "d", "/d": f"//b.example:{site.server.port}/files/b%3Fc"}[request.path]
+            )
+        assert request.host.startswith("b.example")
+        return web.Response(body=encoded(picture()), content_type=content_type)
+
+    async with Site(handler) as site:
+        assert (await read(site.url(), site.reader(domains=["files.example", "b.example"]))).size.width == 4
 
 
 @pytest.mark.parametrize(

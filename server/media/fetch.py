@@ -1,4 +1,4 @@
-"""Fetch files over http(s): from hosts that are allowed, at public addresses, without redirects."""
+"""Fetch files over http(s): from hosts that are allowed, at public addresses, wherever redirects lead."""
 
 import asyncio
 import socket
@@ -19,6 +19,10 @@ MAX_FETCHES = 16  # at once
 PORTS = {"http": 80, "https": 443}
 PIECE = 1 << 16  # bytes
 MAX_URL_CHARS = 8192
+MAX_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+# What servers of files call those whose kind nobody told them. What a file is, it says itself.
+UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "radixloop"}
 
 Lookup = Callable[[str, int], Awaitable[list[str]]]  # host, port -> addresses; `OSError` if there are none
@@ -74,11 +78,27 @@ class Fetcher:
         async with self._slots:
             try:
                 async with asyncio.timeout(FETCH_S):
-                    return await self._get(url, await self._addresses(url), kind, take)
+                    return await self._follow(url, kind, take)
             except TimeoutError:
                 raise BrokenMedia(f"did not come from {url.host} within {FETCH_S:.0f} s") from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise BrokenMedia(f"could not be fetched from {url.host}: {type(error).__name__}") from None
+
+    async def _follow(self, url: URL, kind: Kind, take: Callable[[int], None]) -> bytes:
+        """Return the file at a URL, or where that leads to. Each step is looked at as if a client had asked for it."""
+        found = await self._get(url, await self._addresses(url), kind, take)
+        for _ in range(MAX_REDIRECTS):
+            if isinstance(found, bytes):
+                return found
+            try:
+                url = self._checked(str(found))
+                addresses = await self._addresses(url)
+            except BrokenMedia as error:
+                raise BrokenMedia(f"is redirected to what {error}") from None
+            found = await self._get(url, addresses, kind, take)
+        if isinstance(found, bytes):
+            return found
+        raise BrokenMedia(f"is redirected more than {MAX_REDIRECTS} times")
 
     def _checked(self, text: str) -> URL:
         """Return the URL, read by the same parser that connects to it."""
@@ -114,7 +134,8 @@ class Fetcher:
         )
         return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
-    async def _get(self, url: URL, addresses: list[str], kind: Kind, take: Callable[[int], None]) -> bytes:
+    async def _get(self, url: URL, addresses: list[str], kind: Kind, take: Callable[[int], None]) -> bytes | URL:
+        """Return the file that is at a URL, or the URL that it is redirected to."""
         connector = aiohttp.TCPConnector(resolver=Pinned(addresses), use_dns_cache=False, force_close=True)
         async with (
             aiohttp.ClientSession(
@@ -126,11 +147,11 @@ class Fetcher:
             ) as session,
             session.get(url, allow_redirects=False) as response,
         ):
-            if 300 <= response.status < 400:
-                raise BrokenMedia(f"is redirected by {url.host}, which is not followed")
+            if response.status in REDIRECTS and (location := response.headers.get("Location")):
+                return url.join(URL(location))
             if response.status != 200:
                 raise BrokenMedia(f"could not be fetched: {url.host} answered {response.status}")
-            if not response.content_type.startswith(f"{kind}/"):
+            if not response.content_type.startswith((f"{kind}/", *UNKNOWN_TYPES)):
                 raise BrokenMedia(f"is {response.content_type[:64]!r} by its Content-Type, and no {kind}")
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise BrokenMedia("came with a Content-Encoding, which was not asked for")
