@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from engine.checkpoint.weights import pack_weights
 from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
 from kernels.quantized import QuantizedWeight
-from tests.quantized_files import BITSANDBYTES, Weights, nf4
+from tests.quantized_files import BITSANDBYTES, Weights, fp4, nf4, to_fp8
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 STACKED = re.compile(r"(.*\.mlp\.experts|.*\.feed_forward\.experts)\.(gate_up|down)_proj(_bias)?")
@@ -39,10 +40,13 @@ def rewritten(folder: Path, target: Path, rewrite: Rewrite, config: dict[str, An
     (target / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
 
 
+def stacks_of(engine: TinyEngine) -> list[Any]:
+    return [layer.weight for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
+
+
 def assert_stands_for(packed: Path, plain: Path) -> None:
     engine = TinyEngine(packed)
-    stacks = [layer for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
-    assert stacks and all(isinstance(stack.weight, QuantizedWeight) for stack in stacks)
+    assert stacks_of(engine) and all(isinstance(stack, QuantizedWeight) for stack in stacks_of(engine))
     pack_weights(engine.model)
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
@@ -69,3 +73,40 @@ def test_unsloths_layers_of_gpt_oss_are_its_experts(make_tiny_model: MakeTinyMod
     renamed = {re.sub(r"\.router\.", ".router.linear.", name): one for name, one in load_file(file).items()}
     save_file(renamed, file)
     assert_stands_for(tmp_path / "packed", plain)
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "FP8"])
+def test_modelopts_stacks_of_llama_4_are_packed_along_their_inputs(
+    algorithm: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    plain = make_tiny_model(
+        transformers.Llama4TextConfig, "llama 4", num_local_experts=4, num_experts_per_tok=1, intermediate_size=64,
+        intermediate_size_mlp=96, interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    random, write = torch.Generator().manual_seed(0), fp4("weight", 16, "weight_scale_2")
+
+    def rewrite(path: str, product: str, bias: str, stack: torch.Tensor) -> tuple[Weights, torch.Tensor]:
+        module = f"{path}.{product}_proj"
+        if algorithm == "FP8":
+            scale = stack.abs().max() / 448
+            codes = to_fp8(stack / scale)
+            tensors = {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor([0.05])}
+            stands_for = codes.float() * scale
+        else:
+            written = [write(module, one.t(), random) for one in stack]
+            tensors = {
+                leaf: torch.stack([tensors[leaf] for tensors, _ in written]).transpose(1, 2)
+                for leaf in ("weight", "weight_scale")
+            } | {"weight_scale_2": written[0][0]["weight_scale_2"], "input_scale": torch.tensor(0.05)}
+            stands_for = torch.stack([one.t() for _, one in written if one is not None])
+        return {f"{module}_{leaf}".removesuffix("_weight"): one for leaf, one in tensors.items()}, stands_for
+
+    config = {"quant_method": "modelopt", "quant_algo": algorithm, "exclude_modules": ["*self_attn*", "*router*"]}
+    rewritten(plain, tmp_path / "packed", rewrite, config)
+    if algorithm == "NVFP4":
+        assert_stands_for(tmp_path / "packed", plain)
+        return
+    for packed, wanted in zip(*(stacks_of(TinyEngine(folder)) for folder in (tmp_path / "packed", plain)), strict=True):
+        assert packed.form.inputs == "fp8" and bool((packed.fields["input_scale"] == 0.05).all())
+        for part in range(len(packed.parts)):
+            torch.testing.assert_close(packed.rows_of(part), wanted.rows_of(part))

@@ -16,7 +16,7 @@ from engine.layers.block import PreNorm
 from engine.layers.norm import Float32RMSNorm
 from engine.model_config import ExpertsConfig, ModelConfig, layer_windows, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import EXPERTS, stacked_experts
+from engine.models.moe import BESIDE_STACKS, EXPERTS, stacked_experts
 from engine.models.names import Rename, Rule, Split, Unstack
 from kernels.elementwise import CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT
 from kernels.routing import Routing
@@ -68,4 +68,4 @@ class GptOss(CausalLM):
     def names(self) -> Sequence[Rule]:
         alternating = Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1), self.config.intermediate_size)
         unsloths = Rename(r"(\.experts)\.(gate_up|down)_projs\.(\d+)\.", r"\1.\3.\2_proj.")
-        return (unsloths, alternating, *super().names)
+        return (BESIDE_STACKS, unsloths, alternating, *super().names)

@@ -5,7 +5,7 @@ attention       three of four layers: rotary pairs side by side, heads without l
                 the fourth: all of a context, no rotation, queries that grow with the logarithm of their positions
 experts         one for each token, whose input is weighted by a sigmoid, and a shared one; of all layers (Scout), or of
                 every other one, the rest having a wider MLP (Maverick)
-on disk         experts stacked, [E, inputs, outputs], gate and up in one
+on disk         experts stacked, [E, inputs, outputs], gate and up in one; ModelOpt packs their inputs, in the middle
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from engine.errors import ModelError
 from engine.layers.rotary import FIRST_POSITION, QUERY_SCALING
 from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, head_dim_of, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import EXPERTS, stacked_experts
+from engine.models.moe import BESIDE_STACKS, EXPERTS, stacked_experts
 from engine.models.names import Ignore, Interleave, Rename, Rule, Split
 from engine.rope_config import ORIGINAL_LENGTH, RopeConfig, parse_rope
 from kernels.routing import Routing
@@ -62,7 +62,7 @@ class Llama4(CausalLM):
     def names(self) -> Sequence[Rule]:
         head_dim = self.config.attention[0].head_dim
         halves = Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
-        return (halves, *super().names, Interleave(r"\.[qk]_proj\.", head_dim, head_dim))
+        return (BESIDE_STACKS, halves, *super().names, Interleave(r"\.[qk]_proj\.", head_dim, head_dim))
 
 
 def unrotated(raw: dict[str, Any], rope: RopeConfig) -> RopeConfig:

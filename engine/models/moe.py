@@ -23,6 +23,7 @@ from engine.models.granite import Granite
 from engine.models.hunyuan import HunYuan
 from engine.models.names import (
     COMMON_NAMES,
+    Beside,
     Ignore,
     Rename,
     Rule,
@@ -42,9 +43,18 @@ EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NA
 def stacked_experts(num_experts: int) -> tuple[Rule, ...]:
     """Return the rules for experts that one tensor holds, inputs first, as `stacks` has them: before a format's own.
 
-    They are taken apart first, so that a format's tensors are converted one expert at a time.
+    They are taken apart first, so that a format's tensors are converted one expert at a time. ModelOpt's scales have
+    names of their own beside the stack.
     """
-    return Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts), Transpose(r"\.experts\.\w+_proj\.weight$")
+    return (
+        Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts),
+        Unstack(r"(\.experts\.\w+_proj)_((?:weight|input)_scale\w*)$", r"\1.\2", num_experts),
+        Transpose(r"\.experts\.\w+_proj\.weight(_scale)?$"),
+    )
+
+
+# Behind the format's own: where it finds the scales that it needs beside others.
+BESIDE_STACKS = Beside(r"(\.experts\.\w+_proj)\.(?=\w*scale)", r"\1_")
 
 
 class Mixtral(CausalLM):

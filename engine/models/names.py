@@ -60,13 +60,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Nth:
-    """Take one of a stack of `count`. is_flat: the stack's rows follow each other in the first dimension."""
+    """Take one of a stack of `count`, or a number that is of all of them.
+
+    is_flat: the stack's rows follow each other in the first dimension.
+    """
 
     index: int
     count: int
     is_flat: bool = False
 
     def __call__(self, loaded: torch.Tensor) -> torch.Tensor:
+        if loaded.numel() == 1:
+            return loaded
         if self.is_flat and len(loaded) % self.count == 0:
             loaded = loaded.unflatten(0, (self.count, -1))
         if len(loaded) != self.count:
@@ -90,6 +95,33 @@ class Convert:
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         for name, transforms in self.quantization.converted(piece.name):
             yield Piece(name, (*piece.transforms, *transforms), piece.index)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Read what a format needs beside one of a stack out of the stacks that the file has of it, [inputs, outputs] each.
+
+    In their names `to` replaces what `pattern` finds in those that the format gives them.
+    """
+
+    pattern: str
+    to: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if piece.is_of_stack:
+            steps = [self._of_stack(step, piece.transforms[0]) for step in piece.transforms]
+            piece = Piece(piece.name, tuple(steps), piece.index)
+        yield piece
+
+    def _of_stack(self, step: Transform | With, nth: Transform | With) -> Transform | With:
+        if not isinstance(step, With) or isinstance(nth, With):
+            return step
+
+        def function(loaded: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+            return step.function(loaded, *(None if other is None else nth(other).t() for other in others))
+
+        names = tuple(re.sub(self.pattern, self.to, name) for name in step.names)
+        return With(names, function, step.optional)
 
 
 @dataclass(frozen=True)
