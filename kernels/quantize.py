@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.quantized import FP8, FP8_MAX, INT4_ZERO, Format, QuantizedWeight, pack_int4
-from kernels.weights import match_shard
+from kernels.weights import match_shards
 
 CHUNK_ELEMENTS = 1 << 24  # quantized at a time
 MIN_SCALE = 1e-7  # float16 has no smaller one
@@ -14,7 +14,9 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the range of a group's 4-bit codes: 
 
 
 class OnlineWeight(QuantizedWeight):
-    """A matrix that a checkpoint holds as plain numbers, as codes."""
+    """A matrix that a checkpoint holds as plain numbers, as codes. A rank's groups are of its own inputs."""
+
+    has_files_groups = False
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for field, tensor in self.fields.items():
@@ -24,10 +26,7 @@ class OnlineWeight(QuantizedWeight):
         """Quantize this rank's slice of `loaded`, put its scales in place, and return (target, source) of the codes."""
         rows, columns = self.row_slice(part), self.input_shard
         whole = torch.empty(rows.stop - rows.start, self.k, device="meta")
-        if columns.count > 1:
-            _, source = match_shard(whole, loaded, 1, columns)
-        else:
-            _, source = match_shard(whole, loaded, 0, self.parts[part].shard)
+        _, source = match_shards(whole, loaded, (self.parts[part].shard, columns))
         codes = self.codes[rows]
         size = max(1, CHUNK_ELEMENTS // self.k)
         made = []

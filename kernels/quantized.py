@@ -28,7 +28,7 @@ from kernels.quantized_format import (
     unordered,
     unpack_codes,
 )
-from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight, finished
+from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight, finished, match_shards
 
 __all__ = ("FP8", "FP8_MAX", "INT4_ZERO", "TABLES", "Format", "QuantizedWeight", "dequantize", "pack_int4",
            "quantize_inputs", "rounded_inputs", "unpack_codes")  # fmt: skip
@@ -50,6 +50,7 @@ class QuantizedWeight(Weight):
     """
 
     has_lookup = True
+    has_files_groups = True  # scales are a file's, of groups of all inputs; not made of this rank's
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class QuantizedWeight(Weight):
         group_size = form.group_size_of(num_inputs)
         self._has_all_groups = form.has_order and input_shard.count > 1
         is_cut = k % group_size and input_shard.count > 1 and group_size < num_inputs and not form.has_order
-        if k % form.codes_per_byte or is_cut:
+        if k % form.codes_per_byte or (is_cut and self.has_files_groups):
             raise ShapeError(f"has {k} inputs on each of {input_shard.count} ranks, no multiple of its groups of "
                              f"{max(group_size, form.codes_per_byte)}")  # fmt: skip
         num_groups = -(-num_inputs // group_size) if self._has_all_groups else -(-k // form.group_size_of(k))
@@ -141,9 +142,9 @@ class QuantizedWeight(Weight):
         if not (loaded.dtype == tensor.dtype if field == "codes" else is_alike):
             raise ShapeError(f"is of {loaded.dtype}, the format's {field} are of {tensor.dtype}")
         if field == "input_scale":
-            return _matching(tensor[part : part + 1], loaded.reshape(-1), (WHOLE,))
+            return match_shards(tensor[part : part + 1], loaded.reshape(-1), (WHOLE,))
         if field == "order":
-            return _matching(tensor[part], loaded, (self.input_shard,))
+            return match_shards(tensor[part], loaded, (self.input_shard,))
         shard, columns = self.parts[part].shard, self.input_shard
         target = tensor[self.row_slice(part)]
         if field != "codes":
@@ -156,7 +157,7 @@ class QuantizedWeight(Weight):
                     return target, loaded.expand_as(target)
             elif self._has_all_groups:
                 columns = WHOLE
-        return _matching(target, loaded, (shard, columns))
+        return match_shards(target, loaded, (shard, columns))
 
     def rows_of(self, part: int) -> torch.Tensor:
         return self.dequantized(self.row_slice(part)).to(self.dtype)
@@ -351,13 +352,3 @@ def rounded_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | No
     codes, scale = quantize_inputs(x, form, input_scale)
     of_inputs = scale.repeat_interleave(form.input_group or x.shape[1], 1)[:, : x.shape[1]]
     return codes.float() * of_inputs
-
-
-def _matching(target: torch.Tensor, loaded: torch.Tensor, shards: Sequence[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (target, its slice of `loaded`), one shard for each dimension. `ShapeError` if it has another shape."""
-    wanted = [shard.whole_length(size) for size, shard in zip(target.shape, shards, strict=True)]
-    if list(loaded.shape) != wanted:
-        raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
-    for dim, shard in enumerate(shards):
-        loaded = shard.of(loaded, dim, target.shape[dim])
-    return target, loaded

@@ -214,3 +214,15 @@ def match_shard(
     if list(loaded.shape) != wanted:
         raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
     return target, shard.of(loaded, dim, target.shape[dim])
+
+
+def match_shards(
+    target: torch.Tensor, loaded: torch.Tensor, shards: Sequence[Shard]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (target, its slice of `loaded`), one shard for each dimension. `ShapeError` if it has another shape."""
+    wanted = [shard.whole_length(size) for size, shard in zip(target.shape, shards, strict=True)]
+    if list(loaded.shape) != wanted:
+        raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
+    for dim, shard in enumerate(shards):
+        loaded = shard.of(loaded, dim, target.shape[dim])
+    return target, loaded

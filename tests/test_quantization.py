@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from engine.checkpoint.weights import load_weights, pack_weights
 from engine.errors import InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
-from engine.layers.layer import LayerConfig, named_layers
+from engine.layers.layer import LayerConfig, named_layers, padded_split
 from engine.layers.linear import Linear
 from engine.models.registry import build_model, load_config
 from engine.quantization.methods import METHODS, quantization_of
@@ -25,7 +25,7 @@ from engine.quantization.modules import Modules, spellings
 from engine.quantization.online import FORMATS as FORMATS_ONLINE
 from kernels.dense import DenseWeight
 from kernels.quantize import OnlineWeight
-from kernels.weights import Part
+from kernels.weights import WHOLE, Part, Shard
 from tests.quantized_files import (
     AWQ,
     BITSANDBYTES,
@@ -584,3 +584,23 @@ def test_weights_rounded_while_they_load_multiply_nearly_as_they_were(name: str,
         target.copy_(source)
     got, wanted = weight.pack().product(x), x @ values.t()
     assert (got - wanted).norm() / wanted.norm() < largest
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "k", "shard"),
+    [
+        (192, 96, Shard(1, 2)),  # a group and a half
+        (96, 64, padded_split(Shard(1, 2), 96, 64)[1]),  # half a group, and zeros
+        (48, 64, padded_split(WHOLE, 48, 64)[1]),
+    ],
+)
+def test_a_rank_rounds_groups_of_its_own_inputs_wherever_they_are_split(num_inputs: int, k: int, shard: Shard) -> None:
+    random = torch.Generator().manual_seed(0)
+    values, x = torch.randn(32, num_inputs, generator=random), torch.randn(5, num_inputs, generator=random)
+    weight = OnlineWeight([Part(32)], k, torch.float32, FORMATS_ONLINE["int4wo-64"], shard)
+    weight.materialize(torch.device("cpu"))
+    target, source = weight.place("weight", values, 0)
+    target.copy_(source)
+    got = weight.pack().product(shard.of(x, 1, k))
+    wanted = shard.of(x, 1, k) @ shard.of(values, 1, k).t()
+    assert (got - wanted).norm() / wanted.norm() < 0.1
