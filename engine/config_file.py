@@ -96,6 +96,9 @@ QUANTIZATION_FILES = {
 
 def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
     """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
+    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has Mistral's own params.json alone: the config.json and the weights that go with "
+                         "it, which most repositories have as well, are needed")  # fmt: skip
     entries = _in_one_spelling(read_json(folder / "config.json", required=True))
     if not entries.get("quantization_config"):
         entries["quantization_config"] = entries.get("compression_config") or _quantization_beside(folder)

@@ -256,6 +256,13 @@ def int8(of: Scale, **others: float) -> Write:
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
+def int8_in_blocks(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    scale = of_blocks(weight) / 127
+    whole = spread(scale, weight)
+    codes = (weight / whole).round()
+    return {"weight": codes.to(torch.int8), "weight_scale_inv": scale}, codes * whole
+
+
 def fp4(codes_name: str, group: int, global_name: str = "", inverse: bool = False) -> Write:
     """Write codes of E2M1, with e4m3 scales times one of all, or with powers of two where it has no name."""
 
@@ -679,6 +686,12 @@ CASES: dict[str, Case] = {
         {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []},
         lambda module, weight, random: ({"weight": weight}, None),
     ),
+    "rows of int8": Case({"quant_method": "w8a8_int8"}, int8(of_rows), by_token_int8),
+    "blocks of int8": Case(
+        {"quant_method": "blockwise_int8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
+        int8_in_blocks,
+    ),
+    "rows of fp8": Case({"quant_method": "w8a8_fp8"}, fp8(of_rows), by_token),
     "quark": Case(
         {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
             "weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},

@@ -14,7 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights, pack_weights
+from engine.config import EngineConfig
 from engine.errors import InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers, padded_split
@@ -435,6 +437,22 @@ def test_a_pointer_in_the_place_of_weights_is_named(made, tmp_path: Path) -> Non
         ModelError, match=r"model\.safetensors is a pointer of Git LFS, not the weights: .*git lfs pull"
     ):
         TinyEngine(folder)
+
+
+def test_what_a_flag_cannot_do_to_a_gguf_file_is_said_before_it_is_converted(tmp_path: Path) -> None:
+    config = EngineConfig(model_path=str(tmp_path / "model.gguf"), download_dir=str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, but never read")
+    with pytest.raises(ModelError, match=r"--quantization awq: the checkpoint is not quantized; .* int4"):
+        resolve_model(config.replace(quantization="awq"))
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ModelError, match=r"model\.gguf is a pointer of Git LFS, not the model: .*git lfs pull"):
+        resolve_model(config)
+
+
+def test_a_folder_in_mistrals_own_format_says_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text('{"dim": 64, "quantization": {"qformat_weight": "fp8_e4m3"}}')
+    with pytest.raises(ModelError, match=r"Mistral's own params\.json alone: the config\.json and the weights"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(

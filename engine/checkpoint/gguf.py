@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.checkpoint.pointers import is_pointer
 from engine.errors import ModelError
 from kernels.weights import ShapeError
 
@@ -161,6 +162,8 @@ def _read_header(path: Path) -> GGUF:
         raise ModelError(f"{path} is missing: the model is in several files")
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
+            if is_pointer(path):
+                raise ModelError(f"{path} is a pointer of Git LFS, not the model: fetch it by git lfs pull")
             raise ModelError(f"{path} is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, naming(path):
             return _Header(data).parse()

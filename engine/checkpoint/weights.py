@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.checkpoint.pointers import is_pointer
 from engine.checkpoint.progress import progress_bar
 from engine.config_file import read_json
 from engine.errors import ModelError
@@ -26,7 +27,6 @@ from kernels.weights import ShapeError
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # by a model's rules, which call a tied head's so as well
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
@@ -155,15 +155,6 @@ def names_in(file: Path) -> list[str]:
         if is_pointer(file):
             raise ModelError(f"{file} is a pointer of Git LFS, not the weights: fetch them by git lfs pull") from None
         raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
-
-
-def is_pointer(file: Path) -> bool:
-    """Return whether Git LFS left a note in a file's place, as it does where it is not installed."""
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
 
 
 def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:

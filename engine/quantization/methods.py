@@ -13,6 +13,7 @@ from engine.quantization.fp8 import FBGEMM, FP8
 from engine.quantization.gemma import Gemma
 from engine.quantization.gguf import GGUF
 from engine.quantization.gptq import GPTQ
+from engine.quantization.int8 import BlockwiseInt8, W8A8Int8
 from engine.quantization.modelopt import ModelOpt
 from engine.quantization.mxfp4 import MXFP4
 from engine.quantization.online import FORMATS, Online
@@ -23,6 +24,7 @@ METHODS: dict[str, Reader] = {
     "auto-round": AutoRound,
     "awq": AWQ,
     "bitsandbytes": BitsAndBytes,
+    "blockwise_int8": BlockwiseInt8,
     "compressed-tensors": CompressedTensors,
     "fbgemm_fp8": FBGEMM,
     "fp8": FP8,
@@ -33,6 +35,7 @@ METHODS: dict[str, Reader] = {
     "mxfp4": MXFP4,
     "quark": Quark,
     "torchao": TorchAO,
+    "w8a8_int8": W8A8Int8,
 }
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
 
@@ -46,6 +49,7 @@ SAME_METHOD = {
     "modelopt_fp4": "modelopt",
     "modelopt_fp8": "modelopt",
     "modelopt_mixed": "modelopt",
+    "w8a8_fp8": "fbgemm_fp8",
 }
 # `--quantization`, named after a kernel, a library or one kind of a method -> the methods of files that have it.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -58,7 +62,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "modelopt_fp8": ("modelopt",),
     "moe_wna16": ("awq", "gptq"),
     "mxfp4": ("compressed-tensors", "quark"),
-    "w8a8_fp8": ("compressed-tensors", "fp8"),
+    "w8a8_fp8": ("compressed-tensors", "fbgemm_fp8", "fp8"),
     "w8a8_int8": ("compressed-tensors",),
 }
 # The same -> a format of `FORMATS`.
