@@ -52,6 +52,11 @@ async def chunks(client: Client, **body: Any) -> list[Any]:
     return await events(client, "/v1/chat/completions", **({"messages": USER} | body))
 
 
+def question(path: str) -> dict[str, Any]:
+    """Return a body of the API at `path` that asks something, in few tokens where it must say how many."""
+    return {"input": "Hi"} if path == "/v1/responses" else {"messages": USER, "max_tokens": 5}
+
+
 def tag_of(engine: FakeEngine) -> Any:
     return engine.requests[-1].sampling_params.structural_tag
 
@@ -493,8 +498,7 @@ async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
         serving(engine, chat_template=str(template), tool_call_parser="hermes") as client,
     ):
         for path, more, field in fields:
-            body = {"messages": USER, "input": "Hi", "max_tokens": 5, "stream": False, **more}
-            response = await client.post(path, json=body)
+            response = await client.post(path, json={**question(path), "stream": False, **more})
             error = (await response.json())["error"]
             message = error if isinstance(error, str) else error["message"]
             assert response.status == 400 and message.startswith(f"{field} cannot be used: "), (path, message)
@@ -508,14 +512,14 @@ async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/messages", {"max_tokens": 5, "tools": [{"name": "a b", "input_schema": CITY}]}),
-        ("/v1/responses", {"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}),
+        ("/v1/messages", {"tools": [{"name": "a b", "input_schema": CITY}]}),
+        ("/v1/responses", {"tools": [{"type": "function", "name": "a b"}]}),
     ],
 )
 async def test_a_tools_name_that_cannot_be_is_refused_as_the_client_spelled_it(
     client: Client, path: str, body: dict[str, Any]
 ) -> None:
-    response = await client.post(path, json={"messages": USER, **body})
+    response = await client.post(path, json={**question(path), **body})
     assert response.status == 400
     assert (await response.json())["error"]["message"].startswith("tools[0].name must be 1 to 128 letters")
 
@@ -537,7 +541,7 @@ async def test_what_is_wrong_within_a_tools_schema_is_named_as_the_client_spelle
 ) -> None:
     for schema, field in (({"type": "string"}, ".type"), ({"properties": []}, ".properties"), (5, "")):
         tools = [offered("a", CITY), offered("b", schema)]
-        response = await client.post(path, json={"messages": USER, "input": "Hi", "max_tokens": 5, "tools": tools})
+        response = await client.post(path, json={**question(path), "tools": tools})
         assert response.status == 400
         assert (await response.json())["error"]["message"].startswith(f"tools[1].{name}{field} must be ")
 
@@ -567,11 +571,10 @@ DESCRIBED = {"name": "weather", "input_schema": CITY}
             "/v1/chat/completions",
             {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
         ),
-        ("/v1/responses", {"input": "Hi", "tools": [FUNCTION], "tool_choice": "required", "text": {"format": FORMAT}}),
+        ("/v1/responses", {"tools": [FUNCTION], "tool_choice": "required", "text": {"format": FORMAT}}),
         (
             "/v1/messages",
             {
-                "max_tokens": 9,
                 "tools": [DESCRIBED],
                 "tool_choice": {"type": "any"},
                 "output_config": {"format": FORMAT},
@@ -582,7 +585,7 @@ DESCRIBED = {"name": "weather", "input_schema": CITY}
 async def test_a_form_of_the_texts_does_not_forbid_a_forced_call(
     client: Client, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
-    response = await client.post(path, json={"messages": USER, **body})
+    response = await client.post(path, json={**question(path), **body})
     assert response.status == 200, await response.text()
     assert engine.requests[0].sampling_params.json_schema is None
     assert tag_of(engine)["format"]["elements"][1]["type"] == "tags_with_separator"
