@@ -154,11 +154,18 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
 
 
 def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
+    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be.
+
+    Where anything but true or false must be, false is null as well: some files have it for what a model is without.
+    """
     present = {name: value for name, value in entries.items() if value is not None}
     for wanted, is_right, names in KINDS:
         for name in names:
-            if name in present and not is_right(present[name]):
+            if name not in present or is_right(present[name]):
+                continue
+            if present[name] is False:
+                del present[name]
+            else:
                 raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
     for name in ROPE_OBJECTS:
         if name in present:

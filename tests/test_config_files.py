@@ -158,3 +158,24 @@ def test_layers_behind_the_last_one_are_dropped_and_no_others(
     rules = build_model(read(tmp_path, entries), LayerConfig(torch.float32)).rules
     found = [i for i in range(9) if not pieces_of(f"{prefix}layers.{i}.input_layernorm.weight", rules)]
     assert found == dropped
+
+
+HUNYUAN: dict[str, Any] = {  # what is odd in the file of Hunyuan-A13B
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "num_experts": 8,
+    "moe_topk": [2, 2, 2, 2], "num_shared_expert": [2, 2, 2, 2], "moe_intermediate_size": [48, 48, 48, 48],
+    "n_group": False, "topk_group": False, "routed_scaling_factor": False, "q_lora_rank": None, "use_mla": False,
+    "rope_theta": 1e4, "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "mscale": 1.0, "type": "dynamic"},
+}  # fmt: skip
+
+
+def test_lists_of_equal_numbers_and_false_for_none_are_read(tmp_path: Path) -> None:
+    config = read(tmp_path, SIZES | HUNYUAN)
+    experts = config.experts[0]
+    assert experts is not None
+    assert (experts.routing.num_experts, experts.routing.top_k, experts.routing.num_groups) == (8, 2, 1)
+    assert (experts.intermediate_size, experts.shared_size) == (48, 2 * 96)
+    assert config.context_length == 512
+    with pytest.raises(ModelError, match=r"moe_topk must be the same for all layers, got \[2, 2, 1, 2\]"):
+        read(tmp_path, SIZES | HUNYUAN | {"moe_topk": [2, 2, 1, 2]})
+    with pytest.raises(ModelError, match="topk_group must be an integer, got True"):
+        read(tmp_path, SIZES | HUNYUAN | {"topk_group": True})
