@@ -24,7 +24,8 @@ from server.reading.left_out import LeftOut
 from server.reading.messages_body import MessagesRequest
 from server.reading.messages_tools import MessagesTools
 from server.reading.openai_body import ChatRequest
-from server.reading.protocol import check_token_ids, parse
+from server.reading.prompts import check_token_ids
+from server.reading.protocol import parse
 from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import Tools
 from server.reading.sampling import read_options, read_sampling_params

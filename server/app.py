@@ -37,9 +37,10 @@ from server.http.tracing import Tracing, new_provider
 from server.media.reader import MediaReader
 from server.pages.routes import Pages
 from server.reading.chat import CHATS, Chats
+from server.reading.error_shapes import error_response, error_shape
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
-from server.reading.protocol import error_response, error_shape, json_response
+from server.reading.protocol import json_response
 from server.reading.responses_body import ResponsesRequest
 from server.watch.dashboard import Dashboard
 from server.watch.heap import Heap

@@ -20,6 +20,7 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.error_shapes import anthropic_error
 from server.reading.grammars import names_beside_format
 from server.reading.left_out import HINT, LeftOut, LeftOutBook
 from server.reading.messages import chat_body
@@ -27,7 +28,7 @@ from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.messages_tools import NAMES, MessagesTools
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
-from server.reading.protocol import JSON, anthropic_error, json_response, read_body, spelled
+from server.reading.protocol import JSON, json_response, read_body, spelled
 
 OUR_NAMES = {
     "stop": "stop_sequences",

@@ -31,7 +31,8 @@ from server.apis.file_store import (
 )
 from server.http.bodies import BodyBudget, HeldBody
 from server.http.owners import CLIENT, EVERYBODY, Client
-from server.reading.protocol import JSON, Owner, error_response, json_response, openai_error
+from server.reading.error_shapes import error_response, openai_error
+from server.reading.protocol import JSON, Owner, json_response
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

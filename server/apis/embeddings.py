@@ -34,7 +34,8 @@ from server.reading.chat import Chats
 from server.reading.contents import sourced
 from server.reading.model_name import served_model
 from server.reading.openai_body import MESSAGES, AnyMessage, ChatFields
-from server.reading.protocol import JSON, Owner, check_batch_size, is_int, json_response, read_body, read_prompts
+from server.reading.prompts import check_batch_size, read_prompts
+from server.reading.protocol import JSON, Owner, is_int, json_response, read_body
 from server.reading.shared_fields import Prompts, Text, TokenIds
 
 NUM_A_PASS = 32  # vectors written as JSON before the streams have their turn

@@ -12,7 +12,7 @@ from server.apis.meta_info import MetaInfo
 from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
 from server.http.forms import form_of, name_of
 from server.http.live import LiveRequests, Options, make_requests, new_rid
-from server.reading.protocol import encode_prompt
+from server.reading.prompts import encode_prompt
 
 CHUNK_BYTES = 1 << 18
 MAX_NEW_TOKENS = 512  # SGLang's: the form has no field for it

@@ -22,15 +22,9 @@ from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.http.sse import event
 from server.media.reader import MediaPart, MediaReader
-from server.reading.protocol import (
-    JSON,
-    check_batch_size,
-    check_n,
-    check_prompt_ids,
-    encode_prompt,
-    native_error,
-    read_body,
-)
+from server.reading.error_shapes import native_error
+from server.reading.prompts import check_batch_size, check_n, check_prompt_ids, encode_prompt
+from server.reading.protocol import JSON, read_body
 from server.reading.shared_fields import Text, TokenIds
 
 MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each

@@ -8,7 +8,8 @@ from msgspec import Meta
 from engine.declared import Object
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from server.reading.protocol import json_response, native_error, read_body, read_optional_body
+from server.reading.error_shapes import native_error
+from server.reading.protocol import json_response, read_body, read_optional_body
 
 MAX_ROWS = 4096
 MemoryTag = Literal["kv_cache", "weights"]

@@ -16,7 +16,8 @@ from engine.state import RequestState
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.reading.chat import Chats
-from server.reading.protocol import json_response, native_error, read_body
+from server.reading.error_shapes import native_error
+from server.reading.protocol import json_response, read_body
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
 FLUSH_POLL_S = 0.02

@@ -32,17 +32,11 @@ from server.media.reader import MediaPart
 from server.parsers import AnswerDelta
 from server.reading.chat import Chats, ChatTurn, chat_call
 from server.reading.contents import Content, sourced
+from server.reading.error_shapes import ollama_error
 from server.reading.model_name import ollama_model
 from server.reading.openai_body import ChatRequest, CompletionRequest, TopLogprobs
-from server.reading.protocol import (
-    JSON,
-    REQUEST_FIELDS,
-    encode_prompt,
-    json_response,
-    ollama_error,
-    read_body,
-    spelled,
-)
+from server.reading.prompts import encode_prompt
+from server.reading.protocol import JSON, REQUEST_FIELDS, json_response, read_body, spelled
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.shared_fields import MAX_OBJECTS, PrefixFields
 

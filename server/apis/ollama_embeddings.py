@@ -12,7 +12,8 @@ from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests
 from server.reading.model_name import ollama_model
-from server.reading.protocol import check_batch_size, encode_prompt, json_response, read_body
+from server.reading.prompts import check_batch_size, encode_prompt
+from server.reading.protocol import json_response, read_body
 from server.reading.shared_fields import Text
 
 

@@ -22,15 +22,8 @@ from server.reading.chat import Chats
 from server.reading.grammars import names_of_constraint
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest, CompletionRequest, OpenAIFields
-from server.reading.protocol import (
-    JSON,
-    Owner,
-    check_n,
-    json_response,
-    read_body,
-    read_prompts,
-    spelled,
-)
+from server.reading.prompts import check_n, read_prompts
+from server.reading.protocol import JSON, Owner, json_response, read_body, spelled
 from server.reading.sampling import read_options, read_sampling_params
 
 COMPLETION_MAX_TOKENS = 16

@@ -16,7 +16,8 @@ from server.apis.meta_info import MetaInfo, last_hidden_state
 from server.http.sse import event
 from server.parsers import AnswerDelta, AnswerParser
 from server.reading.chat import ChatTurn
-from server.reading.protocol import JSON, openai_error
+from server.reading.error_shapes import openai_error
+from server.reading.protocol import JSON
 
 # Of a chat's deltas: SGLang's clients read the field without looking whether it is there.
 NO_REASONING: JSON = {"reasoning_content": None}

@@ -21,15 +21,8 @@ from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.reading.model_name import served_model
-from server.reading.protocol import (
-    Owner,
-    check_batch_size,
-    check_token_ids,
-    encode_prompt,
-    is_int,
-    json_response,
-    read_body,
-)
+from server.reading.prompts import check_batch_size, check_token_ids, encode_prompt
+from server.reading.protocol import Owner, is_int, json_response, read_body
 from server.reading.shared_fields import Texts
 
 

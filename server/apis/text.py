@@ -17,7 +17,8 @@ from server.parsers.reasoning import REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_FORMATS, ToolCallParser
 from server.reading.chat import Chats
 from server.reading.openai_body import DetokenizeRequest, TokenizeRequest
-from server.reading.protocol import JSON, check_token_ids, json_response, read_body
+from server.reading.prompts import check_token_ids
+from server.reading.protocol import JSON, json_response, read_body
 from server.reading.shared_fields import described_as
 from server.reading.tool_choice import read_tools
 

@@ -33,7 +33,7 @@ from server.config import ServerConfig
 from server.fleet.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
 from server.foreign_tables import SERVER_FLAGS
 from server.http.connections import MAX_LINE_BYTES
-from server.reading.protocol import error_shape
+from server.reading.error_shapes import error_shape
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ from server.http.intake import BACKLOG, GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
 from server.http.origins import Origins, guard_origins, host_of, is_loopback, split
-from server.reading.protocol import body_too_long, error_shape, json_response, read_body
+from server.reading.error_shapes import error_shape
+from server.reading.protocol import body_too_long, json_response, read_body
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,8 @@ from server.reading.contents import as_text, is_media, media_part, refused, sett
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import IN_FORMAT, names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
-from server.reading.protocol import JSON, Owner, check_n, check_prompt_ids
+from server.reading.prompts import check_n, check_prompt_ids
+from server.reading.protocol import JSON, Owner
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
 from server.reading.tool_choice import (

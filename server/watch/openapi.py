@@ -30,6 +30,14 @@ from server.apis.scores import RerankRequest, ScoreRequest
 from server.apis.sessions import CloseSession, OpenSession
 from server.apis.text import ParseFunctionCallRequest, SeparateReasoningRequest
 from server.reading import responses_body
+from server.reading.error_shapes import (
+    ErrorShape,
+    anthropic_error,
+    error_shape,
+    native_error,
+    ollama_error,
+    openai_error,
+)
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.openai_body import (
     ChatRequest,
@@ -40,16 +48,7 @@ from server.reading.openai_body import (
     ResponseFormat,
     TokenizeRequest,
 )
-from server.reading.protocol import (
-    JSON,
-    ErrorShape,
-    anthropic_error,
-    error_shape,
-    json_response,
-    native_error,
-    ollama_error,
-    openai_error,
-)
+from server.reading.protocol import JSON, json_response
 from server.reading.responses_body import ResponsesRequest
 from server.watch.monitor import STEPS_S
 from server.watch.schemas import (

@@ -19,7 +19,7 @@ from server.http.bodies import BodyBudget
 from server.http.live import make_requests, new_rid
 from server.media.limits import MediaLimits
 from server.media.reader import MediaReader
-from server.reading.protocol import check_token_ids, encode_prompt
+from server.reading.prompts import check_token_ids, encode_prompt
 from server.reading.templates import find_media_texts
 
 from .base import JSON, BackendError
