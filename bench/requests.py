@@ -19,7 +19,7 @@ from engine.request import SamplingParams
 from server.apis.generate import GenerateRequest
 from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
 from server.reading import messages, responses
-from server.reading.chat import parse_messages
+from server.reading.chat_messages import parse_messages
 from server.reading.left_out import LeftOut
 from server.reading.messages_body import MessagesRequest
 from server.reading.messages_tools import MessagesTools

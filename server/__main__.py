@@ -51,7 +51,8 @@ from server.http.keys import KeyRing
 from server.http.live import new_rid
 from server.http.malformed import shorten_malformed
 from server.http.tracing import TracingUnavailable, check_tracing
-from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
+from server.reading.chat import CHATS, Chats
+from server.reading.named_template import load_chat_template, names_missing_file
 from server.watch.heap import use_one_arena
 from server.watch.recorder import RECORDER
 

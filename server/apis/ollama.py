@@ -30,7 +30,8 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.media.reader import MediaPart
 from server.parsers import AnswerDelta
-from server.reading.chat import Chats, ChatTurn, chat_call
+from server.reading.chat import Chats, ChatTurn
+from server.reading.chat_messages import chat_call
 from server.reading.contents import Content, sourced
 from server.reading.error_shapes import ollama_error
 from server.reading.model_name import ollama_model

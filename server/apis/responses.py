@@ -22,7 +22,8 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
-from server.reading.chat import Chats, ChatTurn, chat_call
+from server.reading.chat import Chats, ChatTurn
+from server.reading.chat_messages import chat_call
 from server.reading.custom_tools import input_of
 from server.reading.grammars import names_beside_format
 from server.reading.left_out import LeftOut, LeftOutBook

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import orjson
 from aiohttp import web
 
-from engine.declared import convert
-from engine.engine import Engine, TokenizerFacade
+from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.media import CUT, PromptMedia, with_marks_cut
 from engine.request import SamplingParams
@@ -30,13 +28,13 @@ from server.parsers.tool_calls import (
     Hermes,
     ToolFormat,
     find_tool_format,
-    object_of,
 )
-from server.reading.built_in_templates import BUILT_IN_TEMPLATES, TURN_STOPS
-from server.reading.contents import as_text, is_media, media_part, refused, settings_of
-from server.reading.custom_tools import arguments_of_input
+from server.reading.built_in_templates import TURN_STOPS
+from server.reading.chat_messages import parse_messages
+from server.reading.contents import as_text, settings_of
 from server.reading.grammars import IN_FORMAT, names_of_constraint
-from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
+from server.reading.named_template import load_chat_template
+from server.reading.openai_body import ChatFields, ChatRequest
 from server.reading.prompts import check_n, check_prompt_ids
 from server.reading.protocol import JSON, Owner
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
@@ -57,53 +55,6 @@ RESERVED_VARIABLES = frozenset(
 
 MANY_MESSAGES = 256  # about 5 ms of rendering
 PLAINEST_TOOL_FORMAT = "qwen25"  # JSON between two marks: most instruct models can write it when they are told how
-
-
-def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | None:
-    """Load the template that --chat-template names; None means the model's own.
-
-    It is one of the model's, a built-in one, or a file (Jinja, or JSON that holds a `chat_template`). `OSError` or
-    `ValueError` if there is no such template, or if what will be used does not parse.
-    """
-    if name is not None:
-        text = _read_template(name, tokenizer)
-        _check(text, f"--chat-template {name}", tokenizer)
-        return text
-    of_model = tokenizer.chat_template or {}
-    for source in of_model.values() if isinstance(of_model, dict) else [of_model]:
-        _check(source, "the model's chat template (use another with --chat-template)", tokenizer)
-    return None
-
-
-def _check(source: str, whose: str, tokenizer: TokenizerFacade) -> None:
-    try:
-        tokenizer.check_chat_template(source)
-    except ValueError as error:
-        raise ValueError(f"{whose} does not parse: {error}") from None
-
-
-def names_missing_file(name: str) -> bool:
-    """Return whether `name`, of a template, can only be a file's, and there is none: known before a model is."""
-    return Path(name).suffix in (".jinja", ".jinja2", ".j2", ".json") and not Path(name).is_file()
-
-
-def _read_template(name: str, tokenizer: TokenizerFacade) -> str:
-    of_model = tokenizer.chat_template
-    if isinstance(of_model, dict) and name in of_model:
-        return of_model[name]
-    if name in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[name]
-    file = Path(name)
-    if not file.is_file():
-        known = [*BUILT_IN_TEMPLATES, *(of_model if isinstance(of_model, dict) else ())]
-        raise ValueError(f"--chat-template {name}: no such file, nor one of {', '.join(known)}")
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":
-        values = orjson.loads(text)
-        if not isinstance(values, dict) or not isinstance(values.get("chat_template"), str):
-            raise ValueError(f"--chat-template {name}: no text under the key chat_template")
-        return str(values["chat_template"])
-    return text
 
 
 # Caller, id of an uploaded file, the client's field -> where it is. `EngineError` if the caller has no such file.
@@ -454,74 +405,3 @@ def _template_variables(body: ChatFields) -> JSON:
     if effort == "none":
         return {"enable_thinking": False, "thinking": False, **variables}
     return {"reasoning_effort": effort, **variables}
-
-
-def chat_call(call_id: str, name: str, arguments: str | JSON) -> JSON:
-    """Return a tool call as messages have it. arguments: an object, or one as JSON text."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def parse_messages(given: list[JSON], media: list[MediaPart] | None = None) -> list[JSON]:
-    """Check messages: known roles, content as one string (null only beside tool calls), or a list if it shows media.
-
-    media: gets what the messages show; None: they may show nothing. See `server.reading.contents` for the lists.
-    """
-    if not given:
-        raise InvalidRequest("messages must be a list of at least one message", "messages")
-    read = convert(given, list[Message], "messages")
-    return [_parse_message(*both, f"messages[{i}]", media) for i, both in enumerate(zip(given, read, strict=True))]
-
-
-def _parse_message(written: JSON, read: Message, path: str, media: list[MediaPart] | None) -> JSON:
-    message = {**written, "role": "system" if read.role == "developer" else read.role}
-    if isinstance(read.content, list):
-        message["content"] = _parse_parts(written["content"], read.content, f"{path}.content", media)
-    elif read.content is None and read.role in ("assistant", "tool", "function"):
-        message["content"] = read.refusal or ""  # beside calls, reasoning or a refusal, or for nothing
-    elif read.content is None:
-        raise read.wrong("content", "a string or a list of parts", path)
-    if reasoning := read.reasoning_content or read.reasoning:
-        message["reasoning_content"] = message["reasoning"] = reasoning  # templates know it by one of these
-        if not message["content"]:
-            message.setdefault("thinking", reasoning)  # gpt-oss's, which refuses it beside a text
-    if read.tool_calls:
-        calls = zip(written["tool_calls"], read.tool_calls, strict=True)
-        message["tool_calls"] = [_parse_tool_call(*call, f"{path}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    return message
-
-
-def _parse_parts(written: list[JSON], parts: list[Part], path: str, media: list[MediaPart] | None) -> str | list[JSON]:
-    """Return the texts as one, or in a list with the places of what is shown between them."""
-    if not any(map(is_media, parts)):
-        return "\n".join(_text_of(part, f"{path}[{i}]") for i, part in enumerate(parts))
-    contents: list[JSON] = []
-    for i, part in enumerate(parts):
-        if not is_media(part):
-            contents.append({"type": "text", "text": _text_of(part, f"{path}[{i}]")})
-            continue
-        if media is None:
-            raise refused(written[i], part, f"{path}[{i}]")
-        media.append(media_part(written[i], part, f"{path}[{i}]"))
-        contents.append({"type": media[-1].kind})
-    return contents
-
-
-def _text_of(part: Part, path: str) -> str:
-    if part.type == "refusal":  # an assistant's
-        return part.refusal or ""
-    if part.type not in ("text", "input_text") or part.text is None:
-        raise InvalidRequest(f'{path} must be {{"type": "text", "text": ...}}', path)
-    return part.text
-
-
-def _parse_tool_call(written: JSON, read: MessageToolCall, path: str) -> JSON:
-    """Read a call. Templates expect its arguments as an object; OpenAI's clients send them as JSON text."""
-    if (custom := read.custom) is not None:
-        called = {"name": custom.name, "arguments": arguments_of_input(custom.input)}
-        return {"id": read.id, "type": "function", "function": called}
-    if read.function is None:
-        raise read.wrong("function", "an object", path)
-    arguments = read.function.arguments
-    if isinstance(arguments, str):
-        arguments = object_of(arguments)
-    return {**written, "function": {**written["function"], "arguments": arguments or {}}}

@@ -9,7 +9,7 @@ import re
 from typing import Any, TypeVar
 
 from engine.errors import InvalidRequest
-from server.reading.chat import chat_call
+from server.reading.chat_messages import chat_call
 from server.reading.contents import sourced, uploaded
 from server.reading.left_out import CONTENT, HINT, VOLATILE, LeftOut
 from server.reading.messages_body import (

@@ -11,7 +11,7 @@ import msgspec
 import orjson
 
 from engine.declared import convert
-from server.reading.chat import chat_call
+from server.reading.chat_messages import chat_call
 from server.reading.contents import Content, sourced, uploaded
 from server.reading.custom_tools import INPUT, arguments_of_input
 from server.reading.left_out import CONTENT, HINT, LeftOut
