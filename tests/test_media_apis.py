@@ -247,6 +247,23 @@ async def test_messages_show_pictures_also_in_results_of_tools(client: Client, e
     assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
 
 
+async def test_documents_show_their_pictures_where_they_stand(client: Client, engine: SeeingEngine) -> None:
+    def document(*colors: tuple[int, int, int]) -> dict[str, Any]:
+        blocks = [{"type": "image", "source": {"type": "base64", "data": png(color)}} for color in colors]
+        source = {"type": "content", "content": [text_part("See"), *blocks, text_part("there")]}
+        return {"type": "document", "title": "Letter", "source": source}
+
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [document(BLUE)]}
+    messages = [user(document(RED, BLUE), text_part("?")), CALL, user(result)]
+    await post(client, "/v1/messages", messages=messages, max_tokens=5)
+    assert prompt(engine) == "[user]Letter\nSee\n#\n#\nthere\n?[assistant][look][tool]Letter\nSee\n#\nthere[assistant]"
+    assert colors(engine) == [RED, BLUE, BLUE]
+    broken = document(RED)
+    broken["source"]["content"][1]["source"]["data"] = "aGk="
+    text = await refusal(client, "/v1/messages", messages=[user(broken)], max_tokens=5)
+    assert "messages[0].content[0].source.content[1].source.data is no picture" in text
+
+
 async def test_responses_show_pictures_also_in_outputs_of_tools_and_when_they_go_on(
     client: Client, engine: SeeingEngine
 ) -> None:

@@ -147,14 +147,14 @@ class _Reader:
                 continue
             if not messages or messages[-1]["role"] != "user":
                 messages.append({"role": "user", "content": []})
-            messages[-1]["content"].append(self._part(block, f"{path}[{i}]"))
+            messages[-1]["content"] += self._parts(block, f"{path}[{i}]")
         return messages
 
     def _result(self, block: ToolResult, path: str) -> JSON:
         """Return a tool's message. The text of an error says that it is one: templates cannot."""
         content: str | list[JSON]
         if self._sees_images and isinstance(block.content, list):
-            content = [self._part(part, f"{path}[{i}]") for i, part in enumerate(block.content)]
+            content = [part for i, each in enumerate(block.content) for part in self._parts(each, f"{path}[{i}]")]
             if block.is_error:
                 content.insert(0, {"type": "text", "text": "Error:"})
         else:
@@ -173,7 +173,7 @@ class _Reader:
             elif isinstance(block, ToolUse):
                 calls.append(chat_call(block.id, block.name, block.input))
             else:
-                parts.append(self._part(block, f"{path}[{i}]"))
+                parts += self._parts(block, f"{path}[{i}]")
         read: JSON = {"role": "assistant", "content": parts}
         if thoughts:
             read["reasoning_content"] = "\n".join(thoughts)
@@ -184,18 +184,15 @@ class _Reader:
     def _joined(self, content: str | list[ShownBlock]) -> str:
         return self._text(content) if isinstance(content, str) else "\n".join(map(self._shown, content))
 
-    def _part(self, block: ShownBlock, path: str) -> JSON:
+    def _parts(self, block: ShownBlock, path: str) -> list[JSON]:
+        """Return what a block shows: one part, or those of a document with pictures in it."""
         if self._sees_images and isinstance(block, ImageBlock):
-            source = block.source or ImageSource()
-            if source.type == "base64" and source.data is not None:
-                return sourced(source.data, f"{path}.source.data")
-            if source.type == "url" and source.url is not None:
-                return sourced(source.url, f"{path}.source.url")
-            if source.type == "file" and source.file_id is not None:
-                return uploaded(source.file_id, f"{path}.source.file_id")
-            rule = "a source of the type base64 with data, url with url, or file with file_id"
-            raise InvalidRequest(f"{path}.source must be {rule}", f"{path}.source")
-        return {"type": "text", "text": self._shown(block)}
+            return [_picture(block.source or ImageSource(), path)]
+        if isinstance(block, Document) and (passages := _with_pictures(block)):
+            if self._sees_images:
+                return _document_parts(block.title, passages, f"{path}.source.content")
+            self._left_out.add(CONTENT, "image")
+        return [_text_part(self._shown(block))]
 
     def _shown(self, block: ShownBlock) -> str:
         """Return what the model reads in place of a block."""
@@ -235,6 +232,40 @@ class _Reader:
             return text
         self._left_out.add(VOLATILE, "total_tokens")
         return text[:-128] + kept
+
+
+def _text_part(text: str) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def _picture(source: ImageSource, path: str) -> JSON:
+    """Return the part that shows the picture of a block at `path`."""
+    if source.type == "base64" and source.data is not None:
+        return sourced(source.data, f"{path}.source.data")
+    if source.type == "url" and source.url is not None:
+        return sourced(source.url, f"{path}.source.url")
+    if source.type == "file" and source.file_id is not None:
+        return uploaded(source.file_id, f"{path}.source.file_id")
+    rule = "a source of the type base64 with data, url with url, or file with file_id"
+    raise InvalidRequest(f"{path}.source must be {rule}", f"{path}.source")
+
+
+def _with_pictures(block: Document) -> list[Passage]:
+    """Return the parts of a document that has pictures; none of another."""
+    passages = None if block.source is None else block.source.content
+    if not isinstance(passages, list) or all(passage.source is None for passage in passages):
+        return []
+    return passages
+
+
+def _document_parts(title: str | None, passages: list[Passage], path: str) -> list[JSON]:
+    parts = [] if title is None else [_text_part(title)]
+    for i, passage in enumerate(passages):
+        if passage.source is not None:
+            parts.append(_picture(passage.source, f"{path}[{i}]"))
+        elif passage.text is not None:
+            parts.append(_text_part(passage.text))
+    return parts
 
 
 def _blocks(content: str | list[Block]) -> list[Block] | list[TextBlock]:

@@ -31,10 +31,20 @@ class ToolUse(Object, tag="tool_use", kw_only=True):
     input: JSON = {}
 
 
+class ImageSource(Object):
+    """`media_type` is not looked at: a file says itself what it is."""
+
+    type: str = ""
+    data: Annotated[str, Meta(description="of type base64")] | None = None
+    url: Annotated[str, Meta(description="of type url: http(s), of a host that the server allows")] | None = None
+    file_id: Annotated[str, Meta(description="of type file: of a picture uploaded to /v1/files")] | None = None
+
+
 class Passage(Object):
-    """A part of a document. Some, such as images, have no text."""
+    """A part of a document: a text, or a picture."""
 
     text: str | None = None
+    source: ImageSource | None = None
 
 
 class Source(Object):
@@ -82,15 +92,6 @@ class ToolRemoval(Object, tag="tool_removal", kw_only=True):
 class Compaction(Object, tag="compaction"):
     content: str | None = None
     tool_changes: list[ToolAddition | ToolRemoval] | None = None
-
-
-class ImageSource(Object):
-    """`media_type` is not looked at: a file says itself what it is."""
-
-    type: str = ""
-    data: Annotated[str, Meta(description="of type base64")] | None = None
-    url: Annotated[str, Meta(description="of type url: http(s), of a host that the server allows")] | None = None
-    file_id: Annotated[str, Meta(description="of type file: of a picture uploaded to /v1/files")] | None = None
 
 
 class ImageBlock(Object, tag="image"):
