@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from engine.checkpoint.weights import pack_weights
 from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
 from kernels.quantized import QuantizedWeight
-from tests.quantized_files import BITSANDBYTES, Weights, fp4, nf4, to_fp8
+from tests.quantized_files import BITSANDBYTES, BLOCK, Weights, fp4, nf4, of_blocks, spread, to_fp8
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
+from tests.vision_models import FAMILIES, make_vision_model
 
 STACKED = re.compile(r"(.*\.mlp\.experts|.*\.feed_forward\.experts)\.(gate_up|down)_proj(_bias)?")
 Rewrite = Callable[[str, str, str, torch.Tensor], tuple[Weights, torch.Tensor]]
@@ -108,5 +110,39 @@ def test_modelopts_stacks_of_llama_4_are_packed_along_their_inputs(
         return
     for packed, wanted in zip(*(stacks_of(TinyEngine(folder)) for folder in (tmp_path / "packed", plain)), strict=True):
         assert packed.form.inputs == "fp8" and bool((packed.fields["input_scale"] == 0.05).all())
+        for part in range(len(packed.parts)):
+            torch.testing.assert_close(packed.rows_of(part), wanted.rows_of(part))
+
+
+@pytest.mark.parametrize("are_inputs_first", [True, False])
+def test_stacks_of_qwen_3_vl_have_their_blocks_scales_beside_them_either_way_round(
+    are_inputs_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["qwen 3 vl with experts"]
+    text = family.settings["text_config"] | {"moe_intermediate_size": 96}
+    monkeypatch.setitem(
+        FAMILIES, "qwen 3 vl with experts", replace(family, settings=family.settings | {"text_config": text})
+    )
+    (plain := tmp_path / "plain").mkdir()
+    make_vision_model(plain, "qwen 3 vl with experts")
+
+    def rewrite(path: str, product: str, bias: str, stack: torch.Tensor) -> tuple[Weights, torch.Tensor]:
+        module = f"{path}.{product}_proj"
+        is_turned = stack.shape[1] == {"gate_up": 64, "down": 96}[product]
+        rows = stack.transpose(1, 2) if is_turned else stack
+        scale = torch.stack([of_blocks(one) for one in rows]) / 448
+        whole = torch.stack([spread(some, one) for some, one in zip(scale, rows, strict=True)])
+        codes = to_fp8(rows / whole)
+        stands_for = codes.float() * whole
+        if are_inputs_first:
+            codes, scale = codes.transpose(1, 2), scale.transpose(1, 2)
+        return {module: codes, f"{module}_scale_inv": scale}, stands_for.transpose(1, 2) if is_turned else stands_for
+
+    config = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["visual"]}
+    rewritten(plain, tmp_path / "packed", rewrite, config)
+    found = [stacks_of(TinyEngine(folder)) for folder in (tmp_path / "packed", plain)]
+    assert found[0]
+    for packed, wanted in zip(*found, strict=True):
+        assert packed.form.code == "fp8"
         for part in range(len(packed.parts)):
             torch.testing.assert_close(packed.rows_of(part), wanted.rows_of(part))

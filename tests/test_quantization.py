@@ -460,6 +460,7 @@ def test_a_folder_in_mistrals_own_format_says_what_is_needed(tmp_path: Path) -> 
     [
         ({"quant_method": "exl2", "bits": 4}, r"exl2.*Supported: auto-round, awq, "),
         ({"quant_method": "awq", "version": "gemv"}, "version 'gemv'.*only 4 bits, version 'gemm'"),
+        ({"quant_method": "awq", "checkpoint_format": "gemv_fast"}, "version 'gemv_fast'.*only 4 bits, version 'gemm'"),
         ({"quant_method": "awq", "modules_to_not_convert": 3}, "modules_to_not_convert must be a list of names, got 3"),
         ({"quant_method": "gptq", "bits": 5}, "GPTQ of 5 bits"),
         ({"quant_method": "gptq", "bits": "4"}, "bits must be of type int, got '4'"),

@@ -11,6 +11,7 @@ Granite             as the dense ones; shared ones in some; stacked on disk
 MiniMax-M2          norms of all heads together, sigmoid scores with a correction of the choice
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,21 +41,31 @@ from kernels.routing import Routing
 EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NAMES)
 
 
-def stacked_experts(num_experts: int) -> tuple[Rule, ...]:
-    """Return the rules for experts that one tensor holds, inputs first, as `stacks` has them: before a format's own.
+def unstacked_experts(num_experts: int) -> tuple[Rule, ...]:
+    """Return the rules for experts that one tensor holds, as `stacks` has them: before a format's own.
 
-    They are taken apart first, so that a format's tensors are converted one expert at a time. ModelOpt's scales have
-    names of their own beside the stack.
+    They are taken apart first, so that a format's tensors are converted one expert at a time. Scales have names of
+    their own beside the stack.
     """
     return (
         Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts),
-        Unstack(r"(\.experts\.\w+_proj)_((?:weight|input)_scale\w*)$", r"\1.\2", num_experts),
-        Transpose(r"\.experts\.\w+_proj\.weight(_scale)?$"),
+        Unstack(r"(\.experts\.\w+_proj)_scale_inv$", r"\1.weight_scale_inv", num_experts),
+        Unstack(r"(\.experts\.\w+_proj)_((?:weight|input|activation)_scale\w*)$", r"\1.\2", num_experts),
     )
 
 
-# Behind the format's own: where it finds the scales that it needs beside others.
-BESIDE_STACKS = Beside(r"(\.experts\.\w+_proj)\.(?=\w*scale)", r"\1_")
+def stacked_experts(num_experts: int) -> tuple[Rule, ...]:
+    """Return `unstacked_experts` of experts that are [inputs, outputs], codes and scales as well."""
+    return *unstacked_experts(num_experts), Transpose(r"\.experts\.\w+_proj\.weight(_scale(_inv)?)?$")
+
+
+def name_of_stack(name: str) -> str:
+    """Return what a file calls the stack of what a format calls `name`."""
+    return re.sub(r"(\.experts\.\w+_proj)\.(?:weight$|(?=\w*scale))", lambda found: found[1] + "_", name).rstrip("_")
+
+
+# Behind a format's own rules: where it finds what it needs beside others.
+BESIDE_STACKS = Beside(name_of_stack, lambda _, one: one.t())
 
 
 class Mixtral(CausalLM):

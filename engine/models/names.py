@@ -99,13 +99,14 @@ class Convert:
 
 @dataclass(frozen=True)
 class Beside:
-    """Read what a format needs beside one of a stack out of the stacks that the file has of it, [inputs, outputs] each.
+    """Read what a format needs beside one of a stack out of the stacks that the file has of it.
 
-    In their names `to` replaces what `pattern` finds in those that the format gives them.
+    file_name: turns the names that the format gives them into the file's. turned: returns one of a stack, of such a
+    name, outputs first.
     """
 
-    pattern: str
-    to: str
+    file_name: Callable[[str], str]
+    turned: Callable[[str, torch.Tensor], torch.Tensor]
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         if piece.is_of_stack:
@@ -114,13 +115,16 @@ class Beside:
         yield piece
 
     def _of_stack(self, step: Transform | With, nth: Transform | With) -> Transform | With:
-        if not isinstance(step, With) or isinstance(nth, With):
-            return step
+        names = tuple(map(self.file_name, step.names)) if isinstance(step, With) else ()
+        if not isinstance(step, With) or isinstance(nth, With) or names == step.names:
+            return step  # it needs nothing, or names a stack itself
 
         def function(loaded: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
-            return step.function(loaded, *(None if other is None else nth(other).t() for other in others))
+            pairs = zip(names, others, strict=True)
+            return step.function(
+                loaded, *(other if other is None else self.turned(n, nth(other)) for n, other in pairs)
+            )
 
-        names = tuple(re.sub(self.pattern, self.to, name) for name in step.names)
         return With(names, function, step.optional)
 
 

@@ -7,16 +7,18 @@ Qwen3-VL                Qwen 3, dense or with experts; the sections are interlea
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.model_config import ModelConfig, read_decoder
 from engine.models.llama import Llama, Qwen2, Qwen3
-from engine.models.moe import Qwen3Moe, read_routing
-from engine.models.names import Piece, Rule, Split, Unstack
+from engine.models.moe import Qwen3Moe, name_of_stack, read_routing, unstacked_experts
+from engine.models.names import Beside, Piece, Rule
+from engine.quantization import Transform, With
 
 
 class Qwen2VL(Qwen2):
@@ -44,32 +46,47 @@ class Qwen3VLMoe(Qwen3Moe):
         return Qwen3Moe.read_config(with_sections(raw, (24, 20, 20), is_interleaved=True) | {"norm_topk_prob": True})
 
     @property
-    def names(self) -> Sequence[Rule]:
+    def outputs_first(self) -> "OutputsFirst":
         """Experts are stacked, each [inputs, outputs], or the other way round as transformers keeps them in memory."""
         raw = self.config.raw
-        return (
-            *super().names,
-            Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", read_routing(raw).num_experts),
-            OutputsFirst(r"\.experts\.gate_up_proj\.weight$", raw["hidden_size"]),
-            OutputsFirst(r"\.experts\.down_proj\.weight$", raw["moe_intermediate_size"]),
-            Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1)),
-        )
+        return OutputsFirst({"gate_up_proj": raw["hidden_size"], "down_proj": raw["moe_intermediate_size"]})
+
+    @property
+    def stacks(self) -> Sequence[Rule]:
+        return *unstacked_experts(read_routing(self.config.raw).num_experts), self.outputs_first
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        return Beside(name_of_stack, self.outputs_first.turned), *super().names
 
 
 @dataclass(frozen=True)
 class OutputsFirst:
-    """Transpose matrices whose name `pattern` finds and whose first dimension is that of their inputs."""
+    """Transpose codes and scales of experts whose first dimension is that of their inputs.
 
-    pattern: str
-    num_inputs: int
+    num_inputs: of each product. Scales lie as the stack beside them does.
+    """
+
+    num_inputs: Mapping[str, int]
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
-        if re.search(self.pattern, piece.name):
-            piece = Piece(piece.name, (*piece.transforms, self._turn), piece.index)
+        match = re.search(r"(.*\.experts\.\w+_proj)\.weight(_scale(?:_inv)?)?$", piece.name)
+        if match is not None:
+            stack = match[1]
+            step: Transform | With = partial(self.turned, stack)
+            if match[2]:
+                step = With((stack,), lambda scale, codes: scale.t() if self._is_turned(stack, codes) else scale)
+            piece = Piece(piece.name, (*piece.transforms, step), piece.index)
         yield piece
 
-    def _turn(self, loaded: torch.Tensor) -> torch.Tensor:
-        return loaded.t() if loaded.shape[0] == self.num_inputs else loaded
+    def turned(self, stack: str, one: torch.Tensor) -> torch.Tensor:
+        """Return one of the stack of codes or numbers that the file calls `stack`."""
+        return one.t() if self._is_turned(stack, one) else one
+
+    def _is_turned(self, stack: str, codes: torch.Tensor) -> bool:
+        """Return whether codes or numbers, one or a stack, are [inputs, outputs]. Bytes are two inputs each."""
+        num_inputs = self.num_inputs.get(stack.rpartition(".")[2])
+        return codes.dim() > 1 and codes.shape[-2] * (2 if codes.dtype == torch.uint8 else 1) == num_inputs
 
 
 def with_sections(raw: dict[str, Any], sections: Sequence[int], *, is_interleaved: bool = False) -> dict[str, Any]:

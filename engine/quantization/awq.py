@@ -63,7 +63,9 @@ class AWQ(ByModule):
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`. `ModelError` for other kinds of AWQ."""
         super().__init__()
-        bits, version = raw.get("bits", raw.get("w_bit", 4)), str(raw.get("version", "gemm")).lower()
+        bits = raw.get("bits", raw.get("w_bit", 4))
+        version = next((raw[name] for name in ("version", "checkpoint_format", "format") if raw.get(name)), "gemm")
+        version = str(version).lower()
         if bits != 4 or version != "gemm":
             raise ModelError(f"AWQ of {bits} bits, version {version!r}, is not supported: only 4 bits, version 'gemm'")
         self.excluded = Modules(raw.get("modules_to_not_convert"), "modules_to_not_convert")
