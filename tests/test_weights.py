@@ -137,6 +137,29 @@ def test_a_file_that_the_index_names_and_nobody_has_is_an_error(checkpoint: Path
         load(checkpoint)
 
 
+@pytest.mark.parametrize("right", [1, 2])
+def test_of_a_tensor_in_two_files_that_counts_which_the_index_says(right: int, checkpoint: Path) -> None:
+    whole, ids = load_file(checkpoint / "model.safetensors"), random_ids(12, seed=3)
+    wanted = TinyEngine(checkpoint).forward({0: ids})
+    (checkpoint / "model.safetensors").unlink()
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    halves = [dict(list(whole.items())[::2]), dict(list(whole.items())[1::2])]
+    weight_map = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+    weight_map["model.norm.weight"] = files[right - 1]
+    halves[right - 1]["model.norm.weight"] = whole["model.norm.weight"]
+    halves[2 - right]["model.norm.weight"] = torch.zeros(64)
+    for file, half in zip(files, halves, strict=True):
+        save_file(half, checkpoint / file)
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(TinyEngine(checkpoint).forward({0: ids}), wanted)
+
+
+def test_an_adapter_beside_the_weights_is_not_one_of_them(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+    save_file({"base_model.model.lora_A.weight": torch.zeros(1)}, checkpoint / "adapter_model.safetensors")
+    load(checkpoint)
+
+
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": {"lm_head.weight": 1}}'])
 def test_an_index_that_names_no_files_is_an_error(index: str, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(index)

@@ -27,6 +27,7 @@ from kernels.weights import ShapeError
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"  # by a model's rules, which call a tied head's so as well
+OTHERS = ("consolidated", "adapter_model")  # how files begin that hold the weights in other names, or other weights
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
@@ -113,18 +114,25 @@ def checkpoint_targets(model: CausalLM) -> dict[Key, Target | None]:
     return targets
 
 
+def read_index(folder: Path) -> dict[str, Path] | None:
+    """Return the file of each tensor, as a checkpoint's index says; None if it has none."""
+    index_file = folder / "model.safetensors.index.json"
+    if not index_file.is_file():
+        return None
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index_file}: weight_map must be an object that gives each weight's file")
+    return {tensor: folder / name for tensor, name in weight_map.items()}
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the safetensors files that the index names, or the only one, or all."""
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        weight_map = read_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelError(f"{index_file}: weight_map must be an object that gives each weight's file")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+    if (file_of := read_index(folder)) is not None:
+        files = sorted(set(file_of.values()))
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     else:
-        files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+        files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
     if not files:
         raise ModelError(
             f"{folder} has no *.safetensors (pickled weights, *.bin and *.pt, are not loaded: convert them, or name a "
@@ -162,12 +170,25 @@ def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
     return [Head(file, name, pieces_of(name, rules)) for name in names_in(file)]
 
 
+def read_all_heads(paths: Sequence[Path], rules: Sequence[Rule]) -> list[Head]:
+    """Return the tensors of a checkpoint's files. Of one that several have, the index says which counts, or the first.
+
+    paths: in one folder.
+    """
+    heads = [head for path in paths for head in read_heads(path, rules)]
+    of_index, file_of = read_index(paths[0].parent) or {}, dict[str, Path]()
+    for head in heads:
+        if head.tensor not in file_of or of_index.get(head.tensor) == head.file:
+            file_of[head.tensor] = head.file
+    return [head for head in heads if file_of[head.tensor] == head.file]
+
+
 def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
     """Return what is in the files. Unties a head that they have beside the embedding, with other values.
 
     As transformers does: what is there counts, not what config.json says of it.
     """
-    heads = [head for path in paths for head in read_heads(path, model.rules)]
+    heads = read_all_heads(paths, model.rules)
     named = [(head, piece) for head in heads for piece in head.pieces if piece.name == EMBEDDING]
     if not model.lm_head.is_tied or len(named) < 2:
         return heads
@@ -177,7 +198,7 @@ def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
     names = " and ".join(head.tensor for head, _ in named)
     logger.warning("%s differ, and tie_word_embeddings says that they are one: both are used", names)
     model.untie()
-    return [head for path in paths for head in read_heads(path, model.rules)]
+    return read_all_heads(paths, model.rules)
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
