@@ -143,11 +143,13 @@ def check_features(engine: LocalEngine, reference: Reference, media: Sequence[Im
             assert f"{one.size.width}x{one.size.height}" in str(error)
             continue
         [found] = tower.encode(reader.family.in_context([one, one])[:1])
+        # transformers' tower fails where a picture has one feature and is alone.
+        is_sole = reference.name in ("mistral small 3.1", "lighton ocr") and num_features == 1
         with torch.inference_mode():
-            inputs = reader.family.joined([reader.family.inputs(one)])
+            inputs = reader.family.joined([reader.family.inputs(one)] * (1 + is_sole))
             features = reference.model.model.get_image_features(**inputs).pooler_output
         flat = features.flatten(0, -2) if isinstance(features, torch.Tensor) else torch.cat(list(features))
-        assert torch.equal(found[0], flat)
+        assert torch.equal(found[0], flat[: len(flat) // (1 + is_sole)])
         assert num_features == found.shape[1]
 
 

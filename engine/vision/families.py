@@ -184,8 +184,6 @@ class Pixtral(Family):
 
     def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         rows, columns = self.grid(size)
-        if rows * columns == 1 and self.patch > self.config.vision_config.patch_size:  # the tower drops a dimension
-            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too small")
         row = self.token_text["image"] * columns
         return Writing(self.row_end.join([row] * rows) + self.end, rows * columns)
 
@@ -214,6 +212,13 @@ class Pixtral(Family):
 
     def options(self, media: Media) -> dict[str, Any]:  # noqa: ARG002
         return {"patch_size": {"height": self.patch, "width": self.patch}}
+
+    def features(self, tower: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        """See `Family.features`. Where patches are merged, the tower loses a dimension of one feature: it sees two."""
+        is_merged = self.patch > self.config.vision_config.patch_size
+        if not is_merged or tuple(arguments["pixel_values"].shape) != (1, 3, self.patch, self.patch):
+            return super().features(tower, arguments)
+        return super().features(tower, {name: torch.cat([one, one]) for name, one in arguments.items()})[:, :1]
 
     def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the pictures padded to one size."""
