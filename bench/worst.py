@@ -113,7 +113,8 @@ def _values(count: Count) -> Iterator[Worst]:
 def _lists(count: Count) -> Iterator[Worst]:
     """Yield lists of more messages, prompts, ids and tools than can be."""
     for path, name in MESSAGES.items():
-        head = b'{"model":"demo","max_tokens":4,"%b":[{"role":"user","content":"a"}' % name.encode()
+        limit = b"max_output_tokens" if path == "/v1/responses" else b"max_tokens"
+        head = b'{"model":"demo","%b":4,"%b":[{"role":"user","content":"a"}' % (limit, name.encode())
         for num in (400_000, 16_000):
             yield Worst("messages", path, head, b',{"role":"user","content":"a"}', count(num), b"]}")
     for path, name, one in LISTS:

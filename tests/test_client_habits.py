@@ -129,11 +129,27 @@ async def test_fields_of_chats_are_not_ignored_by_apis_that_spell_them_otherwise
     chats = {"response_format": {"type": "json_object"}, "reasoning_effort": "low", "max_completion_tokens": 4}
     for path, body, others in (
         ("/v1/messages", {"messages": USER, "max_tokens": 5}, {"stop": ["a"]}),
-        ("/v1/responses", {"input": "Hi"}, {"max_tokens": 4, "messages": USER}),
+        ("/v1/responses", {"input": "Hi"}, {"max_tokens": 4}),
     ):
         for field, value in {**chats, **others, "logprobs": True}.items():
             response = await client.post(path, json={**body, field: value})
             assert response.status == 400 and f"{field} is not supported" in await response.text()
+
+
+async def test_of_several_prompts_the_one_that_does_not_fit_is_named(client: Client, engine: FakeEngine) -> None:
+    long = "a" * (engine.context_length + 1)
+    for path, body, field in (
+        ("/v1/completions", {"prompt": ["a", long]}, "prompt[1]"),
+        ("/v1/completions", {"prompt": [[1], [1] * len(long)]}, "prompt[1]"),
+        ("/v1/embeddings", {"input": ["a", long]}, "input[1]"),
+        ("/v1/embeddings", {"input": long}, "input"),
+        ("/v1/score", {"query": "", "items": ["a", long], "label_token_ids": [1]}, "items[1]"),
+        ("/generate", {"text": ["a", long]}, "text[1]"),
+    ):
+        response = await client.post(path, json=body)
+        message = (await response.json())["error"]["message"]
+        assert response.status == 400 and f"{field} has {len(long)} tokens" in message, message
+        assert "left for the answer" not in message
 
 
 async def test_images_of_a_message_may_be_none_at_all(client: Client) -> None:

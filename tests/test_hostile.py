@@ -203,9 +203,9 @@ async def test_what_was_read_is_not_held_while_the_answer_is_generated(
 @pytest.mark.max_callback_ms(150)  # 3 MB are parsed in one go
 async def test_more_messages_than_can_ever_fit_are_refused_at_once(client: Client, path: str) -> None:
     messages = b'{"role":"user","content":"a"},' * 100_000
-    name = b"input" if path == "/v1/responses" else b"messages"
+    limit, name = (b"max_output_tokens", b"input") if path == "/v1/responses" else (b"max_tokens", b"messages")
     status, answer = await post(
-        client, path, b'{"model": "fake-model", "max_tokens": 5, "%b": [%b]}' % (name, messages[:-1])
+        client, path, b'{"model": "fake-model", "%b": 5, "%b": [%b]}' % (limit, name, messages[:-1])
     )
     assert status == 400
     assert "100000" in message_of(answer)

@@ -87,7 +87,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("/generate", {**BODY, "sampling_params": {"stop": "x"}}, "stop"),
         ("/generate", {**BODY, "sampling_params": {"stop_regex": "x"}}, "stop_regex"),
         ("/generate", {**BODY, "sampling_params": {"regex": "x"}}, "regex"),
-        ("/v1/completions", {"prompt": "Hi"}, "text"),
+        ("/v1/completions", {"prompt": "Hi"}, "prompt"),
         ("/v1/chat/completions", CHAT, "messages"),
         ("/v1/responses", {"input": "Hi"}, "input"),
         ("/v1/messages", {**CHAT, "max_tokens": 5}, None),

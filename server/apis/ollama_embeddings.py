@@ -75,5 +75,4 @@ class OllamaEmbeddings:
         ]
 
     async def _prompt(self, text: str, field: str, is_cut: bool) -> list[int]:
-        ids = await encode_prompt(self.engine, text, field)
-        return ids[: self.engine.context_length] if is_cut else ids
+        return await encode_prompt(self.engine, text, field, is_cut=is_cut)

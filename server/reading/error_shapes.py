@@ -91,7 +91,9 @@ def _too_long(path: str, error: PromptTooLong) -> tuple[str, str | None]:
 
     They then shorten the conversation, and repeat what they cannot read.
     """
-    shape, field = error_shape(path), _PROMPT_FIELDS.get(path, error.field)
+    shape, field = error_shape(path), error.field or ""
+    name = _PROMPT_FIELDS.get(path, "")
+    field = field if field.startswith(name) else name  # it may name one of several
     prompt_len, answer_len, limit = error.prompt_len, error.answer_len, error.limit
     if not limit or shape not in (anthropic_error, openai_error):
         return str(error), field
@@ -102,6 +104,6 @@ def _too_long(path: str, error: PromptTooLong) -> tuple[str, str | None]:
     asked = (
         f"you requested {prompt_len + answer_len} tokens ({prompt_len} in {field}, {answer_len} for the answer)"
         if answer_len
-        else f"{field} has {prompt_len} tokens, and at least one is left for the answer"
+        else f"{field} has {prompt_len} tokens{', and at least one is left for the answer' * (prompt_len <= limit)}"
     )
     return f"This model's maximum context length is {limit} tokens, but {asked}.", field

@@ -33,21 +33,32 @@ def check_prompt_ids(engine: Engine, ids: Any, field: str) -> list[int]:
 
     Millions of ids take as long to check as a step.
     """
-    if isinstance(ids, list) and len(ids) > engine.context_length:
-        raise PromptTooLong(
-            f"prompt has {len(ids)} tokens, the context is {engine.context_length} "
-            f"and at least one is left for the answer",
-            field,
-            prompt_len=len(ids),
-            limit=engine.context_length,
-        )
+    if isinstance(ids, list):
+        _check_length(engine, ids, field)
     return check_token_ids(ids, engine.model_config.vocab_size, field)
 
 
-async def encode_prompt(engine: Engine, text: Any, field: str, add_special_tokens: bool = True) -> list[int]:
+def _check_length(engine: Engine, ids: list[int], field: str) -> None:
+    """Raise `PromptTooLong` that names the prompt, which may be one of several, if no request may have so many."""
+    limit = engine.context_length
+    if len(ids) > limit:
+        message = f"{field} has {len(ids)} tokens, the context is {limit}"
+        raise PromptTooLong(message, field, prompt_len=len(ids), limit=limit)
+
+
+async def encode_prompt(
+    engine: Engine, text: Any, field: str, add_special_tokens: bool = True, *, is_cut: bool = False
+) -> list[int]:
+    """Return the token ids of a text, which must fit the context unless it `is_cut`. Errors name `field`."""
     if not isinstance(text, str):
         raise InvalidRequest(f"{field} must be a string", field)
-    ids = await engine.encode(text, add_special_tokens) if text else []
+    try:
+        ids = await engine.encode(text, add_special_tokens) if text else []
+    except InvalidRequest as error:
+        error.field = field
+        raise
+    ids = ids[: engine.context_length] if is_cut else ids
+    _check_length(engine, ids, field)
     if not ids:
         raise InvalidRequest(f"{field} is an empty prompt: it needs at least one token", field)
     return ids

@@ -12,7 +12,7 @@ from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields, descri
 
 MAX_METADATA = 16
 UNSUPPORTED = (
-    "conversation", "prompt", "moderation", "image", "top_logprobs", "n", "messages", "max_tokens", *OF_CHATS
+    "conversation", "prompt", "moderation", "image", "top_logprobs", "n", "max_tokens", *OF_CHATS
 )  # fmt: skip
 
 # ---- items of the input, which are kept as the client wrote them; null is a default here, which is quick to read ----
