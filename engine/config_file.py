@@ -185,7 +185,7 @@ def parse_overrides(text: str) -> dict[str, Any]:
     try:
         overrides = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"json_model_override_args is not JSON: {error}") from None
+        raise ModelError(f"--json-model-override-args is not JSON: {error}") from None
     if not isinstance(overrides, dict):
-        raise ModelError(f"json_model_override_args must be a JSON object, got {text}")
+        raise ModelError(f"--json-model-override-args must be a JSON object, got {text}")
     return overrides

@@ -17,6 +17,7 @@ COUNTS = (
     "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
     "max_prefill_tokens", "cuda_graph_max_bs", "stream_interval", "decode_log_interval",
 )  # fmt: skip
+MAY_BE_0 = ("max_queued_requests", "max_queued_tokens")
 
 
 def check_sizes(config: EngineConfig) -> None:
@@ -24,10 +25,10 @@ def check_sizes(config: EngineConfig) -> None:
 
     The message names the flag.
     """
-    for name in COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in COUNTS + MAY_BE_0:
+        value, least = getattr(config, name), int(name not in MAY_BE_0)
+        if value is not None and value < least:
+            raise ModelError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if any(size < 1 for size in config.cuda_graph_bs or ()):
         raise ModelError(f"--cuda-graph-bs must be at least 1 each, got {config.cuda_graph_bs}")
     if config.dist_timeout is not None and not 0 < config.dist_timeout < math.inf:

@@ -108,6 +108,8 @@ def test_steps_that_may_be_split_are_said(one_gpu: None) -> None:
         ({"page_size": 0}, "--page-size must be at least 1, got 0"),
         ({"max_running_requests": -3}, "--max-running-requests must be at least 1, got -3"),
         ({"max_running_requests": 0}, "--max-running-requests must be at least 1, got 0"),
+        ({"max_queued_requests": -1}, "--max-queued-requests must be at least 0, got -1"),
+        ({"max_queued_tokens": -1}, "--max-queued-tokens must be at least 0, got -1"),
         ({"max_total_tokens": 0}, "--max-total-tokens"),
         ({"stream_interval": 0}, "--stream-interval"),
         ({"tp_size": 0}, "--tp-size"),
