@@ -135,6 +135,15 @@ def test_lists_in_the_names_of_the_file_hold_where_the_model_has_others(
     assert_equals_reference(engine_of(tmp_path / "packed"), plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
+@pytest.mark.parametrize("name", ["gptq with its head", "compressed-tensors, FP8 with its head"])
+def test_a_quantized_head_is_its_own_though_a_configuration_ties_it(name: str, made, tmp_path: Path) -> None:
+    packed, plain = made[name]
+    shutil.copytree(packed, folder := tmp_path / "tied")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    assert_equals_reference(engine_of(folder), plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_random_weights_of_a_configuration_give_finite_logits(name: str, made) -> None:
     config = load_config(made[name][0])

@@ -26,7 +26,8 @@ from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING = "model.embed_tokens.weight"  # by a model's rules, which call a tied head's so as well
+# Of an embedding, by a model's rules, which call a tied head's so as well.
+NUMBERS, SCALE = ("model.embed_tokens.weight", "model.embed_tokens.codes"), "model.embed_tokens.scale"
 OTHERS = ("consolidated", "adapter_model")  # how files begin that hold the weights in other names, or other weights
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
@@ -189,12 +190,13 @@ def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
     As transformers does: what is there counts, not what config.json says of it.
     """
     heads = read_all_heads(paths, model.rules)
-    named = [(head, piece) for head in heads for piece in head.pieces if piece.name == EMBEDDING]
+    named = [(head, piece) for head in heads for piece in head.pieces if piece.name in NUMBERS]
     if not model.lm_head.is_tied or len(named) < 2:
         return heads
-    first, second = (piece.of(read_tensor(head.file, head.tensor)) for head, piece in named[:2])
-    if torch.equal(first, second):
-        return heads
+    if not any(piece.name == SCALE for head in heads for piece in head.pieces):  # both are plain numbers
+        first, second = (piece.of(read_tensor(head.file, head.tensor)) for head, piece in named[:2])
+        if torch.equal(first, second):
+            return heads
     names = " and ".join(head.tensor for head, _ in named)
     logger.warning("%s differ, and tie_word_embeddings says that they are one: both are used", names)
     model.untie()
