@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.weights import OpenFiles, checkpoint_files, names_in
+from engine.checkpoint.weights import OpenFiles, checkpoint_files, read_all_heads
 from engine.errors import ModelError
 from engine.models.names import TOWER_NAMES, Convert, Piece
 from engine.quantization import Quantization
@@ -26,9 +26,8 @@ def plain_tower(folder: Path, config: Mapping[str, Any] | None, dtype: torch.dty
     cannot be read.
     """
     quantization = quantization_of(config, None)
-    file_of = {
-        name: file for file in checkpoint_files(folder) for name in names_in(file) if re.search(TOWER_NAMES, name)
-    }
+    heads = read_all_heads(checkpoint_files(folder), ())
+    file_of = {head.tensor: head.file for head in heads if re.search(TOWER_NAMES, head.tensor)}
     modules: dict[str, dict[str, Source]] = {}  # by what follows a module's name
     for name in file_of:
         for piece in Convert(quantization)(Piece(name)):
