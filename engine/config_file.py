@@ -45,7 +45,8 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     )),
     ("an integer", lambda value: type(value) is int, (
         "sliding_window", "max_window_layers", "num_kv_shared_layers", "hidden_size_per_layer_input", "top_k",
-        "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_modules", "n_routed_experts", "num_local_experts",
+        "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_modules", "top_k_experts",
+        "n_routed_experts", "num_local_experts",
         "moe_num_experts", "num_experts_per_tok", "experts_per_token", "moe_k", "n_group", "topk_group",
         "n_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size",
         "decoder_sparse_step", "moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index",

@@ -27,6 +27,7 @@ from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.layers.moe import MoE, Router, StackedLinear
+from engine.models.gemma4 import ExpertScales
 from engine.models.registry import build_model, load_config
 from kernels import fp4_experts
 from kernels.dense import DenseWeight
@@ -108,6 +109,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4, "num_local_experts": 6, "intermediate_size": 48, "intermediate_size_mlp": 96,
             "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.3,
             "no_rope_layer_interval": 3, "pad_token_id": 0,
+        },
+    ),
+    "gemma 4": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8, "global_head_dim": 32, "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 3.0, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2,
+            "moe_intermediate_size": 24,
         },
     ),
     "dbrx": (
@@ -205,7 +215,8 @@ def assert_ranks_add_up(folder: Path, num_ranks: int, ep_size: int) -> None:
 
     def branch(rank: int, num_ranks: int, ep_size: int) -> torch.Tensor:
         comm = Unconnected(rank, num_ranks)
-        mlp = packed(TinyEngine(folder, comm, ep_size)).model.model.layers[1].mlp
+        mlp = packed(TinyEngine(folder, comm, ep_size)).model.model.layers[1].mixture
+        assert mlp is not None
         return sum_over_ranks(comm, mlp.down_proj, mlp(x))
 
     total = sum(branch(rank, num_ranks, ep_size) for rank in range(num_ranks))
@@ -220,7 +231,7 @@ class Unconnected(Communicator):
 
 
 @pytest.mark.parametrize(("num_ranks", "ep_size"), [(2, 1), (2, 2), (4, 2)])
-@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss", "gemma 4"])
 def test_ranks_together_make_the_sums_of_one(num_ranks: int, ep_size: int, family: str, make_tiny_model: MakeTinyModel):
     import transformers
 
@@ -229,6 +240,13 @@ def test_ranks_together_make_the_sums_of_one(num_ranks: int, ep_size: int, famil
         getattr(transformers, name), family, random_norms=True, **{**options, "num_key_value_heads": 4}
     )
     assert_ranks_add_up(folder, num_ranks, ep_size)
+
+
+def test_scales_of_experts_are_those_of_the_ranks_own() -> None:
+    scales = ExpertScales(6, range(3, 6), LayerConfig(torch.float32))
+    scales.weight = torch.arange(6.0)
+    ids, weights = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.5, 0.25], [1.0, 0.0]])  # 3: another rank's
+    assert torch.equal(scales(ids, weights), torch.tensor([[1.5, 1.25], [4.0, 0.0]]))
 
 
 def upcycle(folder: Path, target: Path, num_experts: int) -> Path:

@@ -40,6 +40,7 @@ OWN = {
     "gemma 2": ("Gemma2Config", GEMMA_2),
     "dbrx": EXPERTS["dbrx"],
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
+    "gemma 4, experts": EXPERTS["gemma 4"],
     "llama 4": ("Llama4TextConfig", EXPERTS["llama 4"][1] | {"attention_chunk_size": 24}),
     "phi-3.5-moe": EXPERTS["phi-3.5-moe"],
     "qwen3-moe": EXPERTS["qwen3-moe"],

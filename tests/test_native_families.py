@@ -75,6 +75,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma 4": ("Gemma4TextConfig", GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     "gemma 4, all layers with values": ("Gemma4TextConfig", GEMMA_4 | {"attention_bias": True}),
+    "gemma 4, heads of one size": ("Gemma4TextConfig", GEMMA_4 | {"global_head_dim": 16}),
     "gemma 4 E2B": (
         "Gemma4TextConfig",
         GEMMA_4 | {
@@ -406,7 +407,6 @@ def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("gemma 4", {"enable_moe_block": True}, "enable_moe_block is not supported"),
         ("gemma 4", {"num_kv_shared_layers": 4}, "num_kv_shared_layers 4 leaves no layer"),
         ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ("smollm 3", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers is 4"),

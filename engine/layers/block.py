@@ -55,6 +55,11 @@ class Block(Layer):
         return self.mlp_class(config, layers) if experts is None else MoE(config, experts, layers)
 
     @property
+    def mixture(self) -> MoE | None:
+        """The block's experts, if it has any."""
+        return self.mlp if isinstance(self.mlp, MoE) else None
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """Blocks of the same kind need the same kernels."""
         linears = [layer for layer in unique_layers(self) if isinstance(layer, Linear)]
@@ -214,11 +219,14 @@ class Sandwich(Block):
     post_feedforward_layernorm: HiddenNorm
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
         found = attn(h, batch, pool, norm=self.input_layernorm)
         h = h + self.post_attention_layernorm(sum_over_ranks(self.comm, attn.o_proj, found))
-        gated = mlp(h, norm=self.pre_feedforward_layernorm)
-        return h + self.post_feedforward_layernorm(sum_over_ranks(self.comm, mlp.down_proj, gated))
+        return h + self.post_feedforward_layernorm(self.feed_forward(h))
+
+    def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Return Wdown mlp(norm(h)), of all ranks: a new tensor."""
+        return sum_over_ranks(self.comm, self.mlp.down_proj, self.mlp(h, norm=self.pre_feedforward_layernorm))
 
 
 def sum_over_ranks(

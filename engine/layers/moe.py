@@ -173,7 +173,10 @@ class MoE(MLP):
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
         if norm is not None:
             x = norm(x)
-        ids, weights = self.gate.choose(x)
+        return self.routed(x, *self.gate.choose(x))
+
+    def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Routed:
+        """Return the inner state of tokens x [T, hidden] whose experts are `ids`, with `weights`: both [T, k]."""
         shared = None
         if self.shared_experts is not None:
             shared = self.shared_experts(x)

@@ -83,8 +83,10 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": Served("gemma:Gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Served("gemma:Gemma3", "Gemma 3 270M and 1B"),
     "Gemma3ForConditionalGeneration": Served("gemma:Gemma3", "Gemma 3 4B to 27B, MedGemma", "gemma 3"),
-    "Gemma4ForCausalLM": Served("gemma4:Gemma4", "Gemma 4, the dense ones"),
-    "Gemma4ForConditionalGeneration": Served("gemma4:Gemma4", "Gemma 4 E2B, E4B and the dense ones", "gemma 4"),
+    "Gemma4ForCausalLM": Served("gemma4:Gemma4", "Gemma 4, the dense ones and 26B-A4B"),
+    "Gemma4ForConditionalGeneration": Served(
+        "gemma4:Gemma4", "Gemma 4 E2B, E4B, the dense ones and 26B-A4B", "gemma 4"
+    ),
     "GemmaForCausalLM": Served("gemma:Gemma", "Gemma 1, CodeGemma"),
     "Glm4ForCausalLM": Served("glm:Glm4", "GLM-4-0414, GLM-Z1"),
     "Glm4MoeForCausalLM": Served("moe:Glm4Moe", "GLM-4.5 to 4.7, Air; layers for several tokens at once are left out"),

@@ -1,10 +1,12 @@
-"""Gemma 4, dense: Gemma 3 with layers of two kinds, and what its smallest models save memory with.
+"""Gemma 4: Gemma 3 with layers of two kinds, and what its smallest models save memory with.
 
 norms           scaled by the weight itself; also of each value head, without a weight; scores are not scaled
 layers          five of six have a window; the others have larger heads, fewer KV heads, and rotate a quarter of a head;
                 their values may be their keys, before norm and rotation. Each layer's output is scaled by a number
 E2B, E4B        the last layers read the keys and values of the last ones before them, and have a wider MLP; a second
                 embedding gives each layer a vector of its own for each token
+26B-A4B         experts beside the MLP, each with norms of its own behind it; the router reads the residual stream,
+                normalized with a weight of its own, and each expert's weight is scaled by a number
 logits          soft-capped
 """
 
@@ -16,19 +18,22 @@ import torch
 
 from cache.pool import CachePool
 from engine.errors import ModelError
-from engine.layers.block import Sandwich
+from engine.layers.block import Sandwich, sum_over_ranks
 from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.forward_batch import ForwardBatch
-from engine.layers.layer import LayerConfig, meta_weight
+from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear, activation
+from engine.layers.mlp import MLP
+from engine.layers.moe import MoE
 from engine.layers.norm import Float32RMSNorm
 from engine.layers.rotary import RotaryEmbedding
-from engine.model_config import AttentionConfig, ModelConfig, QKNorm, every_nth_global, local_layers
+from engine.model_config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, every_nth_global, local_layers
 from engine.models.base import CausalLM, Decoder, RunBlock
 from engine.models.gemma import read_gemma
-from engine.models.names import Copy, Ignore, Rule
+from engine.models.names import Copy, Ignore, Rename, Rule
 from engine.rope_config import parse_rope
 from kernels.elementwise import act_and_mul
+from kernels.routing import Routing
 from kernels.weights import Part
 
 # What files may leave out.
@@ -41,8 +46,38 @@ def whole(input_size: int, output_size: int, layers: LayerConfig) -> Linear:
     return Linear((), [Part(output_size)], input_size, layers)
 
 
+class RouterNorm(Float32RMSNorm):
+    """The norm ahead of a router, whose weight a checkpoint has √size times as large."""
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        target, source = super().place_weight(name, loaded, part)
+        return target, source.float() * len(self.weight) ** -0.5
+
+    def weight_part(self, name: str, part: int) -> torch.Tensor:
+        return super().weight_part(name, part) * len(self.weight) ** 0.5
+
+
+class ExpertScales(Layer):
+    """A number for each expert, which scales its weight; whole on every rank."""
+
+    weight_names: ClassVar = ("weight",)
+
+    def __init__(self, num_experts: int, held: range, layers: LayerConfig) -> None:
+        self.first, self.weight = held.start, meta_weight(num_experts, dtype=layers.dtype)
+
+    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return weights [T, k] of `ids`, which count from this rank's first expert; behind its last they are 0."""
+        return weights * self.weight[(ids + self.first).clamp(max=len(self.weight) - 1)].float()
+
+    def fill_dummy(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing is random here
+        self.weight.fill_(1.0)
+
+
 class Gemma4Block(Sandwich):
-    """A `Sandwich`, then h = h + norm(Wp (gelu(Wg h) * v)) where it has a vector v for each token, then s h."""
+    """A `Sandwich`, then h = h + norm(Wp (gelu(Wg h) * v)) where it has a vector v for each token, then s h.
+
+    With experts, what follows attention is norm_1(Wdown mlp(norm(h))) + norm_2(experts(norm(h))).
+    """
 
     norm_class = Float32RMSNorm
     weight_names: ClassVar = ("layer_scalar",)
@@ -61,11 +96,36 @@ class Gemma4Block(Sandwich):
         super().__init__(config, attention, layer_id, rotary, layers)
         self.layer_scalar = meta_weight(1, dtype=layers.dtype)
         hidden, size = config.hidden_size, config.raw.get("hidden_size_per_layer_input", 0)
+        self.moe: MoE | None = None
+        if config.experts and (experts := config.experts[layers.block_index]):
+            num_experts = experts.routing.num_experts
+            self.moe = MoE(config, experts, layers.within("moe"))
+            self.router_norm = RouterNorm(hidden, config.norm_eps, layers)
+            self.expert_scales = ExpertScales(num_experts, layers.held_experts(num_experts), layers)
+            self.pre_feedforward_layernorm_2 = self.norm_class(hidden, config.norm_eps, layers)
+            self.post_feedforward_layernorm_1 = self.norm_class(hidden, config.norm_eps, layers)
+            self.post_feedforward_layernorm_2 = self.norm_class(hidden, config.norm_eps, layers)
         if size:
             self.act = activation(config.hidden_act)
             self.per_layer_input_gate = whole(hidden, size, layers.within("per_layer_input_gate"))
             self.per_layer_projection = whole(size, hidden, layers.within("per_layer_projection"))
             self.post_per_layer_input_norm = self.norm_class(hidden, config.norm_eps, layers)
+
+    def new_mlp(self, config: ModelConfig, experts: ExpertsConfig | None, layers: LayerConfig) -> MLP:  # noqa: ARG002
+        return self.mlp_class(config, layers)  # experts are beside it
+
+    @property
+    def mixture(self) -> MoE | None:
+        return self.moe
+
+    def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        found = super().feed_forward(h)
+        if self.moe is None:
+            return found
+        ids, weights = self.moe.gate.choose(self.router_norm(h))
+        routed = self.moe.routed(self.pre_feedforward_layernorm_2(h), ids, self.expert_scales(ids, weights))
+        mixed = sum_over_ranks(self.comm, self.moe.down_proj, routed)
+        return self.post_feedforward_layernorm_1(found) + self.post_feedforward_layernorm_2(mixed)
 
     def __call__(
         self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool, vectors: torch.Tensor | None = None
@@ -132,8 +192,6 @@ class Gemma4(CausalLM):
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        if raw.get("enable_moe_block", False):
-            raise ModelError("config.json: enable_moe_block is not supported: only Gemma 4's dense models are")
         raw = DEFAULTS | raw
         is_local = gemma4_local_layers(raw)
         config = read_gemma(
@@ -150,7 +208,7 @@ class Gemma4(CausalLM):
             if not same:
                 raise ModelError(f"config.json: num_kv_shared_layers {num_shared} leaves no layer to share the keys of")
             attention[i] = replace(attention[i], kv_owner=same[-1])
-        return replace(config, attention=tuple(attention))
+        return replace(config, attention=tuple(attention), experts=read_experts(raw))
 
     @property
     def names(self) -> Sequence[Rule]:
@@ -160,9 +218,21 @@ class Gemma4(CausalLM):
         without_values = [i for i, local in enumerate(is_local) if values_are_keys and not local]
         return (
             *super().names,
+            Rename(r"\.router\.proj\.", ".moe.gate."),
+            Rename(r"\.router\.scale$", ".router_norm.weight"),
+            Rename(r"\.router\.per_expert_scale$", ".expert_scales.weight"),
+            Rename(r"^(model\.layers\.\d+)\.experts\.", r"\1.moe.experts."),
             Ignore(rf"{attention_of(shared)}(k_proj|v_proj|k_norm)\."),  # the files have them, nothing reads them
             Copy(rf"({attention_of(without_values)})k_proj\.", r"\1v_proj."),
         )
+
+
+def read_experts(raw: dict[str, Any]) -> tuple[ExpertsConfig, ...]:
+    """Return the experts that all layers have beside their MLPs, or ()."""
+    if not raw.get("enable_moe_block", False):
+        return ()
+    routing = Routing(raw["num_experts"], raw["top_k_experts"])
+    return (ExpertsConfig(routing, raw["moe_intermediate_size"]),) * raw["num_hidden_layers"]
 
 
 def attention_of(layers: Sequence[int]) -> str:
@@ -181,9 +251,13 @@ def read_local(raw: dict[str, Any], layer: AttentionConfig) -> AttentionConfig:
 
 
 def read_global(raw: dict[str, Any], layer: AttentionConfig, index: int) -> AttentionConfig:
-    """Read a layer without a window. Newer files list its sizes by its number, others have entries for all such."""
+    """Read a layer without a window.
+
+    Newer files list its sizes by its number where they are not those of all layers, others have entries for all such.
+    """
     sizes = (raw.get("per_layer_config") or {}).get(str(index), {})
-    head_dim = sizes.get("head_dim") or raw.get("global_head_dim", 512)
+    head_dim = sizes.get("head_dim") or raw.get("global_head_dim")
+    head_dim = head_dim or (layer.head_dim if "per_layer_config" in raw else 512)
     num_kv_heads = sizes.get("num_key_value_heads") or layer.num_kv_heads
     if raw.get("attention_k_eq_v", False):
         num_kv_heads = raw.get("num_global_key_value_heads", num_kv_heads)

@@ -332,8 +332,8 @@ def stacked_names(num_experts: int) -> tuple[Rule, ...]:
     What it saves has them one by one; what trainers save or send of a model that runs may not.
     """
     return (
-        Unstack(r"(\.mlp\.experts\.(?:gate_up|down)_proj)$", r"\1.weight", num_experts),
-        Split("mlp.experts.gate_up_proj", ("mlp.experts.gate_proj", "mlp.experts.up_proj"), (1, 1)),
+        Unstack(r"(\.experts\.(?:gate_up|down)_proj)$", r"\1.weight", num_experts),
+        Split("experts.gate_up_proj", ("experts.gate_proj", "experts.up_proj"), (1, 1)),
     )
 
 

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import torch
 
-from engine.layers.moe import MoE
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
@@ -68,7 +67,7 @@ def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionSh
 
 def expert_shapes(model: CausalLM) -> list[ExpertShape]:
     """Return the products of this rank's experts, each kind once."""
-    mixtures = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
+    mixtures = [block.mixture for block in model.model.layers if block.mixture is not None]
     return list(dict.fromkeys(shape for mixture in mixtures for shape in mixture.expert_shapes()))
 
 
@@ -78,8 +77,8 @@ def bytes_per_token(model: CausalLM, weights_bytes: int) -> int:
     weights_bytes: of all its weights.
     """
     for block in model.model.layers:
-        if isinstance(block.mlp, MoE):
-            experts, routing = block.mlp.experts, block.mlp.gate.routing
+        if block.mixture is not None:
+            experts, routing = block.mixture.experts, block.mixture.gate.routing
             for weight in (experts.gate_up_proj.weight, experts.down_proj.weight):
                 weights_bytes -= sum(tensor.nbytes for _, tensor in weight.tensors())
                 weights_bytes += 2 * weight.n * weight.k * routing.top_k // routing.num_experts
