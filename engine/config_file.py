@@ -40,6 +40,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     )),
     ("a number", is_number, (
         "llama_4_scaling_beta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "moe_norm_min",
         "routed_scaling_factor", "router_jitter_noise", "router_logit_softcapping", "attn_scale", "floor_scale",
         "temperature", "top_p", "min_p", "repetition_penalty",
     )),

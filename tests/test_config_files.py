@@ -179,3 +179,16 @@ def test_lists_of_equal_numbers_and_false_for_none_are_read(tmp_path: Path) -> N
         read(tmp_path, SIZES | HUNYUAN | {"moe_topk": [2, 2, 1, 2]})
     with pytest.raises(ModelError, match="topk_group must be an integer, got True"):
         read(tmp_path, SIZES | HUNYUAN | {"topk_group": True})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"moe_layer_interval": 0}, "moe_layer_interval must be positive, got 0"),
+        ({"moe_norm_min": 0.5}, "moe_norm_min must be at most 1e-06, got 0.5"),
+    ],
+)
+def test_what_ernies_experts_cannot_have_is_told(entries: dict[str, Any], message: str, tmp_path: Path) -> None:
+    ernie = {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 8, "moe_k": 2}
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, SIZES | ernie | {"moe_intermediate_size": 32, "moe_norm_min": 1e-12} | entries)

@@ -80,6 +80,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Ernie4_5_MoeConfig",
         {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32, "moe_num_shared_experts": 2},
     ),
+    "ernie-4.5-moe, biases, every other layer": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2,
+            "num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 3, "moe_layer_start_index": 0,
+            "use_bias": True, "tie_word_embeddings": False,
+        },
+    ),
     "hunyuan-moe": ("HunYuanMoEV1Config", {"num_experts": 6, "moe_topk": 2}),
     "granite-moe": (
         "GraniteMoeConfig",
@@ -231,7 +239,7 @@ class Unconnected(Communicator):
 
 
 @pytest.mark.parametrize(("num_ranks", "ep_size"), [(2, 1), (2, 2), (4, 2)])
-@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss", "gemma 4"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss", "gemma 4", "ernie-4.5-moe, biases, every other layer"])
 def test_ranks_together_make_the_sums_of_one(num_ranks: int, ep_size: int, family: str, make_tiny_model: MakeTinyModel):
     import transformers
 

@@ -232,7 +232,7 @@ class Sandwich(Block):
 def sum_over_ranks(
     comm: Communicator,
     linear: Linear,
-    x: torch.Tensor,
+    x: Any,
     *,
     residual: torch.Tensor | None = None,
     may_overwrite: bool = False,
@@ -240,7 +240,7 @@ def sum_over_ranks(
     """Return residual + the sum of all ranks' x W^T + bias: what a row-parallel product stands for.
 
     The first rank alone adds residual and bias, before the sum: that costs no pass of its own.
-    may_overwrite: the result may be written into `residual`.
+    x: [T, inner], or what a mixture has in its place. may_overwrite: the result may be written into `residual`.
     """
     if comm.rank:
         return comm.all_reduce(linear.weight.product(x))

@@ -167,8 +167,8 @@ class MoE(MLP):
                 self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
         self.shared_scale, self.weighs_inputs = experts.shared_scale, experts.weighs_inputs
         self.act = experts.act or activation(config.hidden_act)
-        adds_bias = layers.width_shard.index == 0
-        self.down_proj = Down(self, adds_bias=adds_bias)  # type: ignore[assignment]
+        adds_bias, is_first = layers.width_shard.index == 0, layers.comm.rank == 0
+        self.down_proj = Down(self, adds_bias=adds_bias, is_first=is_first)  # type: ignore[assignment]
 
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
         if norm is not None:
@@ -204,10 +204,10 @@ class Down:
 
     bias = None
 
-    def __init__(self, moe: MoE, *, adds_bias: bool) -> None:
-        """adds_bias: the experts', if any: of ranks that split an expert, one does."""
+    def __init__(self, moe: MoE, *, adds_bias: bool, is_first: bool) -> None:
+        """adds_bias: the experts', if any: of ranks that split an expert, one does. is_first: of all ranks."""
         self._moe = moe
-        self._has_bias = adds_bias
+        self._has_bias, self._is_first = adds_bias, is_first
 
     @property
     def weight(self) -> "Down":
@@ -228,9 +228,9 @@ class Down:
         pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert, has_bias=self._has_bias)
         if routed.shared is not None:
             assert moe.shared_experts is not None
-            residual = moe.shared_experts.down_proj.weight.product(
-                routed.shared, residual=residual, may_overwrite=may_overwrite
-            )
+            shared = moe.shared_experts.down_proj
+            bias = shared.bias if self._is_first else None
+            residual = shared.weight.product(routed.shared, bias=bias, residual=residual, may_overwrite=may_overwrite)
         return combine(pairs, routed.weights, residual, has_gaps=moe.gate.held is not None)
 
     def __call__(self, routed: Routed, **fused: Any) -> torch.Tensor:

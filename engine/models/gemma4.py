@@ -10,6 +10,7 @@ E2B, E4B        the last layers read the keys and values of the last ones before
 logits          soft-capped
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, every_nth_global, local_layers
 from engine.models.base import CausalLM, Decoder, RunBlock
 from engine.models.gemma import read_gemma
+from engine.models.moe import everywhere
 from engine.models.names import Copy, Ignore, Rename, Rule
 from engine.rope_config import parse_rope
 from kernels.elementwise import act_and_mul
@@ -51,10 +53,10 @@ class RouterNorm(Float32RMSNorm):
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         target, source = super().place_weight(name, loaded, part)
-        return target, source.float() * len(self.weight) ** -0.5
+        return target, source.float() / math.sqrt(len(self.weight))
 
     def weight_part(self, name: str, part: int) -> torch.Tensor:
-        return super().weight_part(name, part) * len(self.weight) ** 0.5
+        return super().weight_part(name, part) * math.sqrt(len(self.weight))
 
 
 class ExpertScales(Layer):
@@ -232,7 +234,7 @@ def read_experts(raw: dict[str, Any]) -> tuple[ExpertsConfig, ...]:
     if not raw.get("enable_moe_block", False):
         return ()
     routing = Routing(raw["num_experts"], raw["top_k_experts"])
-    return (ExpertsConfig(routing, raw["moe_intermediate_size"]),) * raw["num_hidden_layers"]
+    return everywhere(raw, ExpertsConfig(routing, raw["moe_intermediate_size"]))
 
 
 def attention_of(layers: Sequence[int]) -> str:

@@ -38,6 +38,7 @@ from engine.models.names import (
 from engine.models.spelling import with_rope
 from kernels.routing import Routing
 
+NO_SUM = 1e-6  # of a token's weights before they are renormalized: below any that experts' scores have
 EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NAMES)
 
 
@@ -165,8 +166,10 @@ class Ernie45Moe(Ernie45):
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        if raw.get("moe_layer_interval", 1) != 1:
-            raise ModelError(f"config.json: moe_layer_interval must be 1, got {raw['moe_layer_interval']}")
+        if (step := raw.get("moe_layer_interval", 1)) < 1:
+            raise ModelError(f"config.json: moe_layer_interval must be positive, got {step}")
+        if raw.get("moe_norm_min", 0.0) > NO_SUM:
+            raise ModelError(f"config.json: moe_norm_min must be at most {NO_SUM:g}, got {raw['moe_norm_min']}")
         size, num_layers = raw["moe_intermediate_size"], raw["num_hidden_layers"]
         experts = ExpertsConfig(
             Routing(raw["moe_num_experts"], raw["moe_k"]), size, size * raw.get("moe_num_shared_experts", 0),
@@ -174,8 +177,10 @@ class Ernie45Moe(Ernie45):
         )  # fmt: skip
         first, last = raw.get("moe_layer_start_index", 1), raw.get("moe_layer_end_index", -1)
         last = num_layers - 1 if last == -1 else last
-        layers = tuple(experts if first <= i <= last else None for i in range(num_layers))
-        return replace(Ernie45.read_config(raw), experts=layers)
+        layers = tuple(experts if first <= i <= last and (i + 1) % step == 0 else None for i in range(num_layers))
+        dense = Ernie45.read_config(raw)
+        has_bias = raw.get("use_bias", False) and not dense.tie_word_embeddings
+        return replace(dense, experts=layers, lm_head_bias=has_bias)
 
     @property
     def names(self) -> Sequence[Rule]:
