@@ -33,6 +33,7 @@ from server.http.intake import GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
+from server.http.request_ids import name_answer
 from server.http.tracing import Tracing, new_provider
 from server.media.reader import MediaReader
 from server.pages.routes import Pages
@@ -78,6 +79,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         app.on_response_prepare.append(tracing.name_span)
         app.cleanup_ctx.append(tracing.running)
     app.on_response_prepare.append(origins.add_cors)
+    app.on_response_prepare.append(name_answer)
     app[GATE], app[LONG_WORK] = Gate(), LongWork()
     app[BODY_BUDGET] = budget
     app[CHATS] = chats

@@ -376,12 +376,45 @@ async def test_the_json_access_log_is_an_object_a_line(
             await client.get("/nope?key=secret")
     generate, nope = [json.loads(record.getMessage()) for record in caplog.records if record.name == "aiohttp.access"]
     assert (generate["method"], generate["path"], generate["status"]) == ("POST", "/generate", 200)
+    assert (generate["request_id"], nope["request_id"][:4]) == ("mine", "req_")
     assert (generate["rid"], generate["prompt_tokens"], generate["cached_tokens"]) == ("mine", 5, 2)
     assert (generate["completion_tokens"], generate["finish_reasons"]) == (12, ["stop"])
     assert (generate["queue_s"], generate["first_token_s"]) == pytest.approx((0.5, 0.75))
     assert generate["client"] == "127.0.0.1"
     assert (nope["status"], nope["path"]) == (404, "/nope")
     assert "rid" not in nope
+
+
+@pytest.mark.parametrize(
+    ("sent", "rid", "named"),
+    [("from-a-proxy", "mine", "from-a-proxy"), (None, "mine", "mine"), ("é" * 2, "a\r\nSet-Cookie: b", "req_"),
+     ("x" * 129, "x" * 129, "req_")],
+)  # fmt: skip
+async def test_an_answer_is_named_as_the_client_named_it_where_a_header_can_say_so(
+    client: Client, sent: str | None, rid: str, named: str
+) -> None:
+    headers = {} if sent is None else {"X-Request-Id": sent}
+    answer = await client.post("/generate", json={"text": "Hello", "rid": rid}, headers=headers)
+    assert answer.status == 200
+    assert answer.headers["X-Request-Id"] == answer.headers["Request-Id"]
+    assert answer.headers["X-Request-Id"].startswith(named) and "Set-Cookie" not in answer.headers
+
+
+async def test_official_clients_find_the_name_of_an_answer_and_of_an_error(client: Client) -> None:
+    import anthropic
+    import openai
+
+    url = str(client.make_url("/"))
+    of_openai = openai.AsyncOpenAI(base_url=f"{url}v1", api_key="none", max_retries=0)
+    of_anthropic = anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    async with of_openai, of_anthropic:
+        chat = await of_openai.chat.completions.create(model="fake-model", messages=messages)
+        message = await of_anthropic.messages.create(model="fake-model", messages=messages, max_tokens=12)
+        with pytest.raises(openai.BadRequestError) as refused:
+            await of_openai.chat.completions.create(model="fake-model", messages=messages, n=0)
+    assert (chat._request_id, message._request_id) == (chat.id, message.id)
+    assert str(refused.value.request_id).startswith("req_")
 
 
 def test_the_json_access_log_stands_alone_on_its_line(

@@ -12,6 +12,7 @@ from aiohttp.abc import AbstractAccessLogger
 from engine.state import RequestState
 from server.http.live import STATES
 from server.http.owners import CLIENT
+from server.http.request_ids import HEADER
 
 
 class JsonAccessLogger(AbstractAccessLogger):
@@ -23,6 +24,7 @@ class JsonAccessLogger(AbstractAccessLogger):
             "client": client and client.name,
             "method": request.method,
             "path": request.path,
+            "request_id": response.headers.get(HEADER),
             "status": response.status,
             "bytes": response.body_length,
             "seconds": round(time, 6),
