@@ -425,16 +425,30 @@ def local_and_global(
     return {"windows": layer_windows(raw, is_local), "ropes": ropes}
 
 
+def of_each_layer(raw: dict[str, Any], name: str, num_layers: int) -> list[Any]:
+    """Return the list that `raw` has under `name`, an entry a layer. `ModelError` if it has too few."""
+    entries: list[Any] = raw[name]
+    if len(entries) < num_layers:
+        raise ModelError(f"{name} names {len(entries)} layers, num_hidden_layers is {num_layers}")
+    return entries[:num_layers]
+
+
+def rotated_layers(raw: dict[str, Any]) -> list[Any]:
+    """Return which layers rotate: as `no_rope_layers` says, 1 for those that do, else all but each fourth or so."""
+    num_layers, interval = raw["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
+    if raw.get("no_rope_layers"):
+        return of_each_layer(raw, "no_rope_layers", num_layers)
+    return [(i + 1) % interval != 0 for i in range(num_layers)]
+
+
 def local_layers(raw: dict[str, Any], default: Sequence[bool]) -> tuple[bool, ...]:
     """Return which layers are local, one a layer: as `layer_types` says, else `sliding_window_pattern`, else `default`.
 
     The pattern is a number n, where every n-th layer is global, or letters that repeat, such as LLLG.
     """
     num_layers = len(default)
-    if layer_types := raw.get("layer_types"):
-        if len(layer_types) < num_layers:
-            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
-        return tuple(kind == "sliding_attention" for kind in layer_types[:num_layers])
+    if raw.get("layer_types"):
+        return tuple(kind == "sliding_attention" for kind in of_each_layer(raw, "layer_types", num_layers))
     pattern = raw.get("sliding_window_pattern")
     if isinstance(pattern, str) and pattern:
         return tuple(pattern[i % len(pattern)] == "L" for i in range(num_layers))

@@ -20,7 +20,7 @@ from engine.errors import ModelError
 from engine.layers.block import PreNorm
 from engine.layers.mla import LatentAttention
 from engine.layers.rotary import mscale
-from engine.model_config import ExpertsConfig, LatentConfig, ModelConfig, read_decoder
+from engine.model_config import ExpertsConfig, LatentConfig, ModelConfig, of_each_layer, read_decoder
 from engine.models.base import CausalLM
 from engine.models.moe import EXPERTS, sigmoid_routing
 from engine.models.names import Ignore, Interleave, Rule, ignored_behind
@@ -82,15 +82,12 @@ def expert_layers(raw: dict[str, Any], experts: ExpertsConfig) -> tuple[ExpertsC
     Where that is a list, it has a number for each layer, 0 for those without experts.
     """
     num_layers = raw["num_hidden_layers"]
-    if kinds := raw.get("mlp_layer_types"):
-        if len(kinds) < num_layers:
-            raise ModelError(f"mlp_layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
-        return tuple(experts if kind == "sparse" else None for kind in kinds[:num_layers])
+    if raw.get("mlp_layer_types"):
+        kinds = of_each_layer(raw, "mlp_layer_types", num_layers)
+        return tuple(experts if kind == "sparse" else None for kind in kinds)
     first, step = raw.get("first_k_dense_replace", 0), raw.get("moe_layer_freq", 1)
     if isinstance(step, list):
-        if len(step) < num_layers:
-            raise ModelError(f"moe_layer_freq names {len(step)} layers, num_hidden_layers is {num_layers}")
-        return tuple(experts if has_experts else None for has_experts in step[:num_layers])
+        return tuple(experts if each else None for each in of_each_layer(raw, "moe_layer_freq", num_layers))
     if step < 1:
         raise ModelError(f"config.json: moe_layer_freq must be positive, got {step}")
     return tuple(experts if i >= first and i % step == 0 else None for i in range(num_layers))

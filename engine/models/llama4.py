@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.errors import ModelError
 from engine.layers.rotary import FIRST_POSITION, QUERY_SCALING
-from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, head_dim_of, read_decoder
+from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, head_dim_of, read_decoder, rotated_layers
 from engine.models.base import CausalLM
 from engine.models.moe import BESIDE_STACKS, EXPERTS, stacked_experts
 from engine.models.names import Ignore, Interleave, Rename, Rule, Split
@@ -34,10 +33,7 @@ class Llama4(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         num_layers = raw["num_hidden_layers"]
-        interval, chunk = raw.get("no_rope_layer_interval", 4), raw.get("attention_chunk_size", 8192)
-        rotates = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)]
-        if len(rotates) < num_layers:
-            raise ModelError(f"no_rope_layers names {len(rotates)} layers, num_hidden_layers is {num_layers}")
+        rotates, chunk = rotated_layers(raw), raw.get("attention_chunk_size", 8192)
         rope, has_norms = parse_rope(raw, head_dim_of(raw)), raw.get("use_qk_norm", True)
         rope = rope.without_sharpening if has_norms else rope
         config = read_decoder(
