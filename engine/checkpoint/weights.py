@@ -177,6 +177,8 @@ def read_all_heads(paths: Sequence[Path], rules: Sequence[Rule]) -> list[Head]:
     paths: in one folder.
     """
     heads = [head for path in paths for head in read_heads(path, rules)]
+    if len({head.tensor for head in heads}) == len(heads):
+        return heads
     of_index, file_of = read_index(paths[0].parent) or {}, dict[str, Path]()
     for head in heads:
         if head.tensor not in file_of or of_index.get(head.tensor) == head.file:
@@ -217,19 +219,14 @@ def tensors_of(files: Sequence[Path], pattern: re.Pattern[str]) -> dict[str, tor
 
     `ModelError` if a file cannot be read, or one of them holds codes, which are read of other families' towers alone.
     """
-    from safetensors import SafetensorError, safe_open
-
+    matches = {match: file for file in files for name in names_in(file) if (match := pattern.fullmatch(name))}
     found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as checkpoint:
-                for name in list(checkpoint.keys()):
-                    if match := pattern.fullmatch(name):
-                        found[match[1]] = one = checkpoint.get_tensor(name)
-                        if one.dtype.itemsize == 1:
-                            raise ModelError(f"{name} is of {one.dtype}, the tower is read of plain numbers only")
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
+    with OpenFiles({match[0]: file for match, file in matches.items()}) as opened:
+        for match, file in matches.items():
+            one: torch.Tensor = opened.open(file).get_tensor(match[0])
+            if one.dtype.itemsize == 1:
+                raise ModelError(f"{match[0]} is of {one.dtype}, the tower is read of plain numbers only")
+            found[match[1]] = one
     return found
 
 
