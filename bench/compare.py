@@ -5,6 +5,7 @@
 Prompts are token ids over /v1/completions, greedy but for `sample256`, with `ignore_eos`, drawn from `--seed`: every
 server gets the same work. Workloads of the same shape get the same prompts, so that after `decode256` those of
 `stream256` are cached, as they were when the peers were measured; a second run on a running server wants another seed.
+What sampling costs: `greedy256` twice, then it with each `--extra-request-body`, whose prompts are cached as well.
 
 The peers' figures stand beside ours where the model is one of those they were measured with (`--peers`): dummy weights
 in bf16 on one NVIDIA H100 80GB. On another GPU only the ratios of figures taken there mean anything.
@@ -99,11 +100,16 @@ WORKLOADS = {
     "online": Workload(256, (256, 767), (128, 128), (TTFT, TTFT_P99, TPOT), stream=True, request_rate=16.0),
     "decode256": Workload(256, (64, 64), (384, 384), (TOKENS,)),
     "stream256": Workload(256, (64, 64), (384, 384), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
+    "stream64": Workload(64, (64, 64), (384, 384), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
     "stream1024": Workload(1024, (64, 64), (384, 384), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
     "decode16": Workload(16, (1000, 1000), (256, 256), (TPOT, TOKENS), stream=True),
     "sample256": Workload(256, (96, 96), (320, 320), (TOKENS, TTFT, TPOT), stream=True, is_spread=True, fields=SAMPLED),
+    "greedy256": Workload(256, (96, 96), (320, 320), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
     "logprobs64": Workload(64, (200, 200), (128, 128), (TOKENS,), fields={"logprobs": 5}),
     "long8": Workload(8, (24_000, 24_000), (64, 64), (SECONDS, TTFT), stream=True),
+    "ttft100k": Workload(1, (100_000, 100_000), (2, 2), (TTFT,), stream=True),
+    "decode1_32k": Workload(1, (32_000, 32_000), (256, 256), (TPOT, TTFT), stream=True),
+    "decode16_4k": Workload(16, (4_000, 4_000), (256, 256), (TPOT, TOKENS), stream=True),
     "record256": Workload(256, (1024, 1024), (1024, 1024), (SECONDS, TOKENS), stream=True, is_spread=True),
 }
 WARM_UP = Workload(32, (600, 600), (16, 16), ())
@@ -282,6 +288,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--model", help="default: the first one the server lists")
     add("--api-key")
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
+    add("--extra-request-body", type=orjson.loads, default={}, metavar="JSON", help='of each request: {"min_p": 0.1}')
     add("--peers", choices=REFERENCES, help="whose figures to show; default: by the model's name")
     add("--label", default="radixloop", help="name of the measured server in the table and the file")
     add("--scale", type=float, default=1.0, help="number of requests, as a share of the real workload's")
@@ -312,6 +319,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     measured: dict[str, Metrics] = {}
     for name in args.workloads:
         workload = WORKLOADS[name].scaled(args.scale, args.length_scale)
+        workload = replace(workload, fields=workload.fields | args.extra_request_body)
         metrics = measured[name] = measure(target, workload, args.seed, args.num_clients)
         console.print(f"{name}: {metrics.completed} answers in {metrics.duration_s:.1f} s", style="dim")
         if args.output_file:
