@@ -45,6 +45,7 @@ from server.reading.protocol import json_response
 from server.reading.responses_body import ResponsesRequest
 from server.watch.dashboard import Dashboard
 from server.watch.heap import Heap
+from server.watch.loads import Loads
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor
 from server.watch.openapi import OpenApi
@@ -135,6 +136,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     live.observers.append(monitor.observe)
     app.cleanup_ctx.append(monitor.running)
     app.cleanup_ctx.append(Heap(engine).running)
+    app.add_routes(Loads(engine, monitor).routes())
     app.add_routes(Dashboard(engine, monitor, config, live).routes())
     if config.enable_metrics:
         metrics = Metrics(engine, monitor, config.model_name, left_out.counts, config.page_size)

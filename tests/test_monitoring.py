@@ -163,6 +163,7 @@ def test_rates_are_differences_over_time(monkeypatch: pytest.MonkeyPatch) -> Non
         engine.current_stats = dataclasses.replace(engine.current_stats, scheduler=scheduler)
     rates = monitor.rates(5)
     assert (rates.generated, rates.prompt, rates.steps, rates.hit_rate) == (50, 100, 10, 0.75)
+    assert monitor.throughputs(5) == [50]
     assert rates.host_us_per_step == pytest.approx(200)
     assert [rate.generated for _, rate in monitor.series()] == [50] * 9
 

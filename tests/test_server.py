@@ -693,6 +693,26 @@ async def test_load_counts_requests_and_tokens_of_each_replica(client: Client, e
     assert len(info["internal_states"]) == 2
 
 
+async def test_v1_loads_reports_each_replica_against_its_limits_as_sglang_does() -> None:
+    engine = FakeEngine()
+    engine.num_replicas = 2
+    async with serving(engine) as client:
+        answer = await (await client.get("/v1/loads")).json()
+        assert [load["dp_rank"] for load in answer["loads"]] == [0, 1] and answer["dp_rank_count"] == 2
+        scheduler, load = engine.stats().scheduler, answer["loads"][1]
+        assert (load["num_running_reqs"], load["num_waiting_reqs"], load["num_total_reqs"]) == (1, 2, 3)
+        assert (load["num_used_tokens"], load["num_total_tokens"]) == (250, 280)
+        assert load["max_total_num_tokens"] == scheduler.num_total_tokens and load["gen_throughput"] == 0.0
+        assert load["token_usage"] == scheduler.usage
+        assert load["max_running_requests"] == engine.max_running_requests // 2
+        assert (answer["aggregate"]["total_reqs"], answer["aggregate"]["avg_token_usage"]) == (6, scheduler.usage)
+        one = await (await client.get("/v1/loads", params={"dp_rank": "1", "include": "core,queues"})).json()
+        assert [load["dp_rank"] for load in one["loads"]] == [1] and one["aggregate"]["total_reqs"] == 3
+        for field, wrong in (("dp_rank", "2"), ("dp_rank", "x"), ("include", "core,all,"), ("format", "prometheus")):
+            refused = await client.get("/v1/loads", params={field: wrong})
+            assert refused.status == 400 and field in await refused.text()
+
+
 async def test_the_cache_is_flushed_only_when_nothing_runs(engine: FakeEngine) -> None:
     engine.is_manual = True
     async with serving(engine) as client:

@@ -28,6 +28,8 @@ class Sample:
     num_cached_tokens: float
     cpu_s: float
     """CPU time of all threads of this process, since the start."""
+    num_generated_by_replica: tuple[int, ...] = ()
+    """Each replica's share of num_generated_tokens."""
 
 
 class History:

@@ -6,6 +6,7 @@ that comes at a random moment waits for. While nothing runs, ticks are few.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -110,6 +111,9 @@ class Monitor:
             num_held_tokens=scheduler.num_held_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
             cpu_s=time.process_time(),
+            num_generated_by_replica=tuple(
+                replica.loop.num_generated_tokens for replica in self.engine.replica_stats()
+            ),
         )
 
     def observe(self, state: RequestState) -> None:
@@ -128,11 +132,21 @@ class Monitor:
 
     def rates(self, span_s: float) -> Rates:
         """Return the rates over the last `span_s` seconds, or as far back as there are samples."""
+        before, now = self._span(span_s)
+        return Rates() if before is now else rates_between(before, now)
+
+    def throughputs(self, span_s: float) -> list[float]:
+        """Return the tokens that each replica generated a second, over the same span as `rates`."""
+        before, now = self._span(span_s)
+        seconds = now.at - before.at or math.inf
+        counts = zip(before.num_generated_by_replica, now.num_generated_by_replica, strict=True)
+        return [(count - earlier) / seconds for earlier, count in counts]
+
+    def _span(self, span_s: float) -> tuple[Sample, Sample]:
+        """Return the first sample of the last `span_s` seconds and one of now; twice that if there is none before."""
         now = self.sample()
         earlier = [sample for sample in self.samples if now.at - sample.at <= span_s]
-        if not earlier or now.at - earlier[0].at < SAMPLE_S / 10:
-            return Rates()
-        return rates_between(earlier[0], now)
+        return (earlier[0] if earlier and now.at - earlier[0].at >= SAMPLE_S / 10 else now), now
 
     def series(self, span_s: int = SHORT_SPAN_S) -> list[tuple[Sample, Rates]]:
         """Return each sample of a span with the rates since the one before, or the few, oldest first."""

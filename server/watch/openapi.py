@@ -350,6 +350,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/get_server_info"): SERVER_INFO,
     ("GET", "/server_info"): SERVER_INFO,
     ("GET", "/get_load"): Operation("Requests and tokens of each replica", "server", answer=array(ANY_OBJECT)),
+    ("GET", "/v1/loads"): Operation(
+        "Load of each replica against what it can take", "server", answer=ANY_OBJECT, statuses=(400,),
+        parameters=(
+            {"name": "dp_rank", "in": "query", "schema": integer(0)},
+            {"name": "include", "in": "query", "schema": STRING},
+        ),
+    ),
     ("POST", "/abort_request"): ABORT,
     ("GET", "/flush_cache"): FLUSH,
     ("POST", "/flush_cache"): FLUSH,
