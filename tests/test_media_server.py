@@ -162,6 +162,21 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
+async def test_a_detail_or_limit_that_changes_nothing_of_a_picture_finds_it_in_the_cache(qwen: Path) -> None:
+    async with running_engine(qwen) as engine, serving(engine, enable_cache_report=True) as client:
+        url = f"data:image/png;base64,{encoded(1, size=(90, 120))}"
+        computed = []
+        for settings in ({}, {"detail": "low"}, {"detail": "auto"}, {"max_pixels": 6000}, {"max_pixels": 1000}):
+            part = {"type": "image_url", "image_url": {"url": url, **settings}}
+            answer = await post(
+                client, "/v1/chat/completions", **GREEDY, messages=[{"role": "user", "content": [part]}]
+            )
+            usage = answer["usage"]
+            computed.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+        assert computed[1:4] == [1, 1, 1] and min(computed[0], computed[4]) > 1
+        assert engine.stats().encoder.num_encoded == 2
+
+
 @pytest.mark.parametrize("name", ["folder", "qwen"])
 async def test_placeholders_that_somebody_wrote_about_are_text_and_show_nothing(
     name: str, request: pytest.FixtureRequest

@@ -112,6 +112,10 @@ class Family:
     def num_features(self, size: MediaSize) -> int:
         raise NotImplementedError
 
+    def look(self, media: Media) -> tuple[tuple[str, int] | int, ...]:
+        """Return what the features of a picture depend on beside its pixels: the settings that make a difference."""
+        return tuple(sorted((name, media.settings[name]) for name in self.settings & media.settings.keys()))
+
     def options(self, media: Media) -> dict[str, Any]:  # noqa: ARG002
         """Return the processor's arguments that a client's settings amount to."""
         return {}

@@ -87,6 +87,10 @@ class Grid(Family):
             rows, columns = (math.ceil(one * ratio / factor) * factor for one in (height, width))
         return rows, columns
 
+    def look(self, media: Media) -> tuple[int, int]:
+        """Return the height and width that the picture is seen in: limits that it is within change nothing."""
+        return self.resized(media.size)
+
     def limits(self, media: Media | MediaSize) -> tuple[int, int]:
         """Return the least and the most pixels of what is seen, within those of the model."""
         sizes = self.processor.size if media.kind == "image" else self.video_size()

@@ -204,8 +204,8 @@ class MediaReader:
         return rope_positions(prompt_len, blocks)
 
     def _key(self, media: Media) -> bytes:
-        settings = json.dumps(self._settings(media)).encode()
-        return hashlib.sha256(self._fingerprint + media.digest + media.kind.encode() + settings).digest()
+        look = json.dumps(self.family.look(media)).encode()
+        return hashlib.sha256(self._fingerprint + media.digest + media.kind.encode() + look).digest()
 
 
 class TokenizerPart(Protocol):
