@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
         given["use_modelscope"] = True
     try:
         config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
-        _ = config.media_limits  # told before a model is loaded
+        _ = config.media_limits, config.template_defaults  # told before a model is loaded
     except ValueError as error:
         parser.error(str(error))
     if not 0 <= config.log_requests_level <= 3:

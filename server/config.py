@@ -9,6 +9,7 @@ from typing import Any
 from engine.config import DEBUG, EngineConfig, option
 from server.media.limits import DEFAULT_COUNTS, MediaLimits, read_limits
 from server.parser_names import REASONING_ALIASES, REASONING_NAMES, TOOL_ALIASES, TOOL_NAMES
+from server.reading.template_variables import JSON, read_defaults
 
 HTTP, API = "HTTP server", "API"
 DEFAULT_PORT = 30000
@@ -85,6 +86,9 @@ class ServerConfig(EngineConfig):
         None, API, "names by which clients may ask for the model, the first one its own; default: --model-path"
     )
     chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
+    default_chat_template_kwargs: str | None = option(
+        None, API, 'variables of the chat template unless requests say them, as JSON: {"enable_thinking": false}'
+    )
     tool_call_parser: str | None = option(
         None, API, "how the model writes tool calls; default: as its chat template shows", choices=TOOL_CALL_PARSERS
     )
@@ -158,6 +162,11 @@ class ServerConfig(EngineConfig):
             self.allowed_media_domains,
             self.allowed_local_media_path,
         )
+
+    @property
+    def template_defaults(self) -> JSON:
+        """Variables of the chat template of requests that do not say them. `ValueError` if the flag is wrong."""
+        return read_defaults(self.default_chat_template_kwargs)
 
     def public_values(self) -> dict[str, Any]:
         """Return every option but the keys."""

@@ -203,7 +203,6 @@ VLLM_FLAGS = (
     refused("--pooler-config", "see --pooling"),
     refused("--override-pooler-config", "see --pooling"),
     refused("--override-generation-config", "a request says it, or else the model's generation_config.json"),
-    refused("--default-chat-template-kwargs", "requests bring them: chat_template_kwargs"),
     refused("--trust-request-chat-template", "requests bring no templates: --chat-template"),
     refused("--return-tokens-as-token-ids", "a request asks for it: return_tokens_as_token_ids"),
     refused("--enable-force-include-usage", "a request asks for it: stream_options"),

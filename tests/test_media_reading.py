@@ -849,6 +849,8 @@ async def test_a_video_that_takes_too_long_is_refused() -> None:
         ("limit_mm_per_prompt", '{"picture": 1}'), ("limit_mm_per_prompt", "4"), ("limit_mm_per_prompt", "{"),
         ("mm_process_config", '{"image": 4}'), ("mm_process_config", '{"image": {"size": 4}}'),
         ("mm_process_config", '{"image": {"max_pixels": 0}}'),
+        ("default_chat_template_kwargs", "{"), ("default_chat_template_kwargs", "true"),
+        ("default_chat_template_kwargs", '{"messages": []}'),
     ],
 )  # fmt: skip
 def test_a_flag_that_is_wrong_is_named(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:

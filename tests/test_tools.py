@@ -259,6 +259,31 @@ async def test_template_variables_come_from_the_body(
     assert (seen[1]["tools"], seen[1]["enable_thinking"]) == (None, False)
 
 
+async def test_template_variables_of_the_command_line_hold_unless_a_request_says_otherwise(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def render_chat(messages: Any, tools: Any = None, **variables: Any) -> str:
+        seen.append(variables)
+        return "x"
+
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render_chat)
+    defaults = '{"enable_thinking": false, "reasoning_effort": "low", "persona": "pirate"}'
+    async with serving(engine, default_chat_template_kwargs=defaults) as client:
+        wishes: list[dict[str, Any]] = [
+            {}, {"chat_template_kwargs": {"enable_thinking": True}}, {"thinking": {"type": "enabled"}},
+            {"reasoning_effort": "high"}, {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"thinking": 1}},
+        ]  # fmt: skip
+        seen.clear()  # what the template is like was tried at the start
+        for wish in wishes:
+            await ask(client, **wish)
+    assert [variables["enable_thinking"] for variables in seen] == [False, True, True, False, True]
+    assert [variables["reasoning_effort"] for variables in seen] == ["low"] * 3 + ["high", "low"]
+    assert [variables.get("thinking") for variables in seen] == [None, None, True, None, 1]
+    assert {variables["persona"] for variables in seen} == {"pirate"}
+
+
 # ---- channels ----
 
 

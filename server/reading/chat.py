@@ -38,6 +38,7 @@ from server.reading.openai_body import ChatFields, ChatRequest
 from server.reading.prompts import check_n, check_prompt_ids
 from server.reading.protocol import JSON, Owner
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
+from server.reading.template_variables import template_variables
 from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
 from server.reading.tool_choice import (
     ToolChoice,
@@ -48,10 +49,6 @@ from server.reading.tool_choice import (
     tool_constraint,
 )
 from server.reading.tool_prompt import with_calls_as_text, with_tools
-
-RESERVED_VARIABLES = frozenset(
-    {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
-)
 
 MANY_MESSAGES = 256  # about 5 ms of rendering
 PLAINEST_TOOL_FORMAT = "qwen25"  # JSON between two marks: most instruct models can write it when they are told how
@@ -120,7 +117,8 @@ class Chats:
             text = "\n".join(text.values())
         self.tool_call_parser = _parser_name(config.tool_call_parser, find_tool_format(text))
         self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
-        self._try = partial(engine.tokenizer.render_chat, chat_template=self.template)
+        self.template_defaults = config.template_defaults
+        self._try = partial(engine.tokenizer.render_chat, chat_template=self.template, **self.template_defaults)
         self.traits = find_traits(self._try)
         self._marks = engine.media_marks
         self.media_roles = find_media_roles(self._try, engine.media_kinds, self.traits)
@@ -226,7 +224,7 @@ class Chats:
         if continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
         tools = (choice or read_tool_choice(body)).shown
-        variables = _template_variables(body)
+        variables = template_variables(body, self.template_defaults)
         if self._marks:  # those that stand for the request's pictures are the template's
             messages, tools, variables = with_marks_cut([messages, tools, variables], self._marks)
         adds_prompt = not continues if body.add_generation_prompt is None else body.add_generation_prompt
@@ -293,7 +291,7 @@ class Chats:
             begun = as_text(content, self.engine.media_kinds).rpartition(format_.start)
             is_inside = bool(begun[1]) and format_.end not in begun[2]
             return Reasoning(format_, True) if is_inside else None
-        variables = _template_variables(body)
+        variables = template_variables(body, self.template_defaults)
         if format_.is_always and False in (variables.get("enable_thinking"), variables.get("thinking")):
             return None
         begins_inside = format_.begins_inside(prompt)
@@ -389,19 +387,3 @@ def _without_format(params: SamplingParams, names: dict[str, str]) -> SamplingPa
         [name] = names.values()
         raise InvalidRequest(f"tool_choice forces a call, while {name} wants another form of the answer", "tool_choice")
     return replace(params, json_schema=None)
-
-
-def _template_variables(body: ChatFields) -> JSON:
-    """Return the client's variables for the template beside the messages."""
-    variables = dict(body.chat_template_kwargs)
-    if taken := RESERVED_VARIABLES & variables.keys():
-        raise InvalidRequest(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs")
-    if body.thinking is not None:
-        is_on = body.thinking.type != "disabled"
-        variables = {"enable_thinking": is_on, "thinking": is_on, **variables}
-    effort = body.reasoning_effort
-    if effort is None:
-        return variables
-    if effort == "none":
-        return {"enable_thinking": False, "thinking": False, **variables}
-    return {"reasoning_effort": effort, **variables}
