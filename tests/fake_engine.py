@@ -57,7 +57,7 @@ class FakeTokenizer:
         return self.decode([token_id])
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id])
+        return bytes([token_id]) if token_id < 256 else b""
 
     def render_chat(
         self,

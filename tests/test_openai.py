@@ -213,6 +213,21 @@ async def test_echo_with_logprobs_scores_the_prompt(client: Client) -> None:
     }
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_offsets_count_characters_however_many_tokens_they_are_made_of(
+    client: Client, engine: FakeEngine, is_stream: bool
+) -> None:
+    engine.answer = "€2 ó"  # a token is a byte
+    body = {"prompt": "né", "echo": True, "logprobs": 0, "max_tokens": 7}
+    if is_stream:
+        chunks = await events(client, "/v1/completions", **body)
+        choices = [chunk["choices"][0] for chunk in chunks]
+    else:
+        choices = (await (await client.post("/v1/completions", json=body)).json())["choices"]
+    offsets = [offset for choice in choices if choice["logprobs"] for offset in choice["logprobs"]["text_offset"]]
+    assert offsets == [0, 1, 1, 2, 2, 2, 3, 4, 5, 5]
+
+
 async def test_a_prompt_can_be_scored_without_an_answer(client: Client) -> None:
     body = {"prompt": "Hi", "echo": True, "logprobs": 0, "max_tokens": 0}
     (choice,) = (await (await client.post("/v1/completions", json=body)).json())["choices"]

@@ -2,6 +2,7 @@
 
 import time
 from abc import abstractmethod
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -278,7 +279,8 @@ class CompletionAnswer(OpenAIAnswer):
     ) -> None:
         super().__init__(index, state, envelope, tokenizer)
         self.is_echo, self.num_logprobs = is_echo, num_logprobs
-        self._offset = 0  # characters whose tokens have been reported
+        self._offset = 0  # whole characters of the tokens that have been reported
+        self._decoder = getincrementaldecoder("utf-8")("replace")  # of these tokens: several may share a character
 
     def opening(self) -> JSON | None:
         if not self.is_echo:
@@ -309,11 +311,11 @@ class CompletionAnswer(OpenAIAnswer):
     def spell_logprobs(self, logprobs: Logprobs | None) -> JSON | None:
         if logprobs is None:
             return None
-        text_of, name = self.tokenizer.token_text, self.token_name
+        name = self.token_name
         offsets = []
         for _, token_id in logprobs.token:
             offsets.append(self._offset)
-            self._offset += len(text_of(token_id))
+            self._offset += len(self._decoder.decode(self.tokenizer.token_bytes(token_id)))
         top = [_alternatives(row, entry, name) for entry, row in zip(logprobs.token, logprobs.top, strict=False)]
         return {
             "tokens": [name(token_id) for _, token_id in logprobs.token],
