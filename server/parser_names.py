@@ -1,12 +1,13 @@
 """The names of the formats in which models reason and call tools, for --help, which should not wait for the parsers."""
 
 REASONING_NAMES = (
-    "deepseek-r1", "deepseek-v3", "glm45", "gpt-oss", "kimi", "kimi_k2", "mistral", "qwen3", "qwen3-thinking",
-    "seed_oss", "step3",
+    "deepseek-r1", "deepseek-v3", "glm45", "gpt-oss", "hunyuan", "kimi", "kimi_k2", "mistral", "qwen3",
+    "qwen3-thinking", "seed_oss", "step3",
 )  # fmt: skip
 REASONING_ALIASES = {  # vLLM's spellings
     "deepseek_r1": "deepseek-r1",
     "deepseek_v3": "deepseek-v3",
+    "hunyuan_a13b": "hunyuan",
     "openai_gptoss": "gpt-oss",
 }
 TOOL_NAMES = (

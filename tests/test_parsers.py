@@ -326,6 +326,35 @@ def test_reasoning_is_split_alike_whole_and_split_anywhere(name: str) -> None:
     assert read(new_parser(reasoning=name, is_inside=True), list(inside)) == expected
 
 
+ANSWER = "<answer>\nIt is <b>2</b>.\n\nYes </answer, or so.\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_inside", "thought"),
+    [
+        (f"<think>\nWell.\n</think>\n{ANSWER}", False, "Well."),
+        (f"\nWell.\n</think>\n{ANSWER}\n", True, "Well."),
+        (f"<think>\n\n</think>\n{ANSWER}", False, ""),
+        (ANSWER, False, ""),  # the prompt has closed the reasoning
+    ],
+)
+def test_the_marks_around_hunyuans_text_are_left_out(answer: str, is_inside: bool, thought: str) -> None:
+    expected: Result = (thought, "It is <b>2</b>.\n\nYes </answer, or so.", [])
+    for pieces in ([answer], list(answer), answer.partition("</ans")):
+        assert read(new_parser(reasoning="hunyuan", is_inside=is_inside), [*pieces]) == expected
+    assert REASONING_FORMATS["hunyuan"].begins_inside("<think>\n\n</think>\n") is False
+
+
+def test_hunyuans_text_is_whole_without_marks_or_with_the_first_alone_and_may_hold_calls() -> None:
+    for text in (" a <answer> b </answer>", "\n a", "<answe"):
+        assert read(new_parser(reasoning="hunyuan"), list(text)) == ("", text, [])
+    assert read(new_parser(reasoning="hunyuan"), list("<answer>\nIt is")) == ("", "It is", [])
+    calls = f"<think>\nA call.\n</think>\n<answer>\n{ANSWERS['hunyuan']}\n</answer>"
+    assert read(new_parser("hunyuan", "hunyuan"), list(calls)) == ("A call.", "", CALLS)
+    reasoning = REASONING_FORMATS["hunyuan"].new_parser(is_inside=False, is_separate=False)
+    assert AnswerParser(reasoning, None).parse("<think>a</think><answer>b</answer>").text.endswith("<answer>b</answer>")
+
+
 def test_an_answer_without_reasoning_is_text_as_it_stands() -> None:
     for answer in ("", "\n", " <b>2 < 3</b>", "\n<thin>"):
         assert read(new_parser(reasoning="qwen3"), list(answer)) == ("", answer, [])
@@ -422,6 +451,8 @@ def test_analysis_that_is_not_wanted_apart_keeps_its_marks_and_calls_are_found()
         ("<|python_start|>", "pythonic", None),
         ("{%- set begin = '<minimax:tool_call>' %}<invoke name=\"<think>", "minimax-m2", "qwen3"),
         ("{%- set begin = '<seed:tool_call>' %}<function=example><seed:think>", "seed_oss", "seed_oss"),
+        ("<|extra_0|><tool_calls>[{{ call | tojson }}]</tool_calls><think>", "hunyuan", "hunyuan"),
+        ("<｜hy_User｜><tool_calls>[{{ call | tojson }}]</tool_calls><think>", "hunyuan", "hunyuan"),
         ("<tool_calls>[{{ call | tojson }}]</tool_calls><think>", "hunyuan", "qwen3"),
         ("<|start_of_role|>assistant<|end_of_role|><|tool_call|>", "granite", None),
         ("{{ '<|' + message['role'] + '|>' }}<|tool|>{{ message['tools'] }}<|/tool|>", "granite", None),

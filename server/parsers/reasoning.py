@@ -50,6 +50,17 @@ class Harmony(ReasoningFormat):
         return HarmonyParser(self, is_inside=is_inside, is_separate=is_separate)
 
 
+class Hunyuan(ReasoningFormat):
+    """The text has marks of its own, <answer> and </answer>, behind reasoning or without it."""
+
+    def begins_inside(self, prompt: str) -> bool:
+        """Return whether the prompt has begun the reasoning. Past it, the text's marks are still to be read."""
+        return bool(super().begins_inside(prompt))
+
+    def new_parser(self, *, is_inside: bool, is_separate: bool = True) -> "ReasoningParser":
+        return HunyuanParser(self, is_inside=is_inside, is_separate=is_separate)
+
+
 THINK = ReasoningFormat("<think>", "</think>")
 ALWAYS_THINK = ReasoningFormat("<think>", "</think>", is_always=True)
 REASONING_FORMATS = {
@@ -57,6 +68,7 @@ REASONING_FORMATS = {
     "deepseek-v3": THINK,
     "glm45": THINK,
     "gpt-oss": Harmony(ANALYSIS, END, after=NEXT, opening=FINAL),
+    "hunyuan": Hunyuan("<think>", "</think>"),
     "kimi": ReasoningFormat("◁think▷", "◁/think▷"),
     "kimi_k2": THINK,
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
@@ -69,6 +81,8 @@ REASONING_FORMATS = {
 
 def find_reasoning_format(template: str) -> str | None:
     """Return the name of the format whose marks a chat template writes. Whether it has begun is the prompt's to say."""
+    if "<think>" in template and ("<|extra_0|>" in template or "<｜hy_" in template):
+        return "hunyuan"
     for mark, name in (
         (CHANNEL, "gpt-oss"), ("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<seed:think>", "seed_oss"),
         ("<think>", "qwen3"), ("</think>", "qwen3"),
@@ -135,6 +149,24 @@ class ReasoningParser:
             self._reasoning += (*self._space, shown)
             self._space = []
         self._space.append(text[len(shown) :])
+
+
+class HunyuanParser(ReasoningParser):
+    """Splits an answer whose text stands between marks: these are left out, unless reasoning stays in the text."""
+
+    def _read(self) -> Reading[None]:
+        reader = self._reader
+        yield from super()._read()
+        if not self._is_separate:
+            return
+        space = yield from reader.skip_space()
+        if not (yield from reader.accept("<answer>")):
+            self._rest.append(space)
+            return
+        yield from reader.skip_space()
+        if mark := (yield from reader.pass_until(("\n</answer>", "</answer>"), self._rest.append)):
+            reader.take(len(mark))
+            yield from reader.skip_space()
 
 
 class HarmonyParser(ReasoningParser):
