@@ -13,6 +13,7 @@ from engine.local import LocalEngine
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.parsers import AnswerParser
+from server.parsers.reasoning import REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
 from server.reading.tool_choice import ToolChoice, structural_tag, tool_constraint
 from tests.client import Client, events
@@ -451,6 +452,31 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     single = ToolChoice([], [WEATHER], is_forced=False, is_parallel=False)
     assert is_allowed(grammars, single, name, f"{well}{written}")
     assert not is_allowed(grammars, single, name, f"{written}\n{written}")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_of_a_forced_call_that_is_cut_nothing_is_text(name: str) -> None:
+    forced = ToolChoice([], [WEATHER], is_forced=True, is_parallel=True)
+    format_ = TOOL_FORMATS[name]()
+    written = WRITTEN[name] + format_.between + WRITTEN[name]
+    reasoning = "gpt-oss" if name == "gpt-oss" else "qwen3"
+    for end in range(len(written)):
+        for pieces in ([written[:end]], list(written[:end])):
+            parser = AnswerParser(REASONING_FORMATS[reasoning].new_parser(is_inside=False), forced.new_parser(format_))
+            deltas = [*map(parser.push, pieces), parser.finish()]
+            assert "".join(delta.text for delta in deltas) == ""
+            assert parser.num_tool_calls <= 2
+
+
+async def test_reasoning_that_stays_in_the_text_of_a_forced_call_that_is_cut_is_kept(
+    client: Client, engine: FakeEngine
+) -> None:
+    engine.answer = '<think>Where?</think><tool_call>\n{"na'
+    for separate, content in ((False, "<think>Where?</think>"), (True, "")):
+        (choice,) = (await ask(client, tools=TOOLS, tool_choice="required", separate_reasoning=separate))["choices"]
+        assert (choice["message"]["content"], "tool_calls" in choice["message"]) == (content, False)
+    (choice,) = (await ask(client, tools=TOOLS))["choices"]
+    assert choice["message"]["content"] == '<tool_call>\n{"na', "it may have been text"
 
 
 async def test_a_random_model_that_must_call_calls(tiny_llama: Path, tmp_path: Path) -> None:

@@ -56,12 +56,22 @@ class Tool:
 class ToolCallParser:
     """Splits an answer into text and calls. White space around calls is no text."""
 
-    def __init__(self, format_: "ToolFormat", tools: Sequence[Tool], max_calls: int | None = None) -> None:
-        """Find calls of `tools`; those of other functions are text, those after the first `max_calls` are left out."""
+    def __init__(
+        self,
+        format_: "ToolFormat",
+        tools: Sequence[Tool],
+        max_calls: int | None = None,
+        *,
+        is_forced: bool = False,
+    ) -> None:
+        """Find calls of `tools`; those of other functions are text, those after the first `max_calls` are left out.
+
+        is_forced: the answer is held to calls. What is left at its end is one that was cut, and no text.
+        """
         self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
         self.reader = Reader()
         self.num_tool_calls = 0
-        self._format, self._max_calls = format_, max_calls
+        self._format, self._max_calls, self._is_forced = format_, max_calls, is_forced
         self._text: list[str] = []
         self._space: list[str] = []  # the text's last, until more of it comes
         self._deltas: list[ToolCallDelta] = []
@@ -77,7 +87,8 @@ class ToolCallParser:
 
     def finish(self) -> tuple[str, list[ToolCallDelta]]:
         self.reader.close()
-        return self._run()
+        text, deltas = self._run()
+        return "" if self._is_forced else text, deltas
 
     # ---- what formats call ----
 

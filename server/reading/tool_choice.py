@@ -33,7 +33,8 @@ class ToolChoice:
     custom: frozenset[str] = frozenset()  # names of the custom tools among them
 
     def new_parser(self, format_: ToolFormat) -> ToolCallParser:
-        return ToolCallParser(format_, self.callable, None if self.is_parallel else 1)
+        max_calls = None if self.is_parallel else 1
+        return ToolCallParser(format_, self.callable, max_calls, is_forced=self.is_forced)
 
 
 def read_tool_choice(body: ChatFields) -> ToolChoice:
