@@ -11,6 +11,7 @@ from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.state import FinishReason
 from server.apis.response_store import ResponseStore
+from server.apis.text_logprobs import TextLogprobs
 from server.reading.left_out import LeftOut
 from server.reading.responses import chat_body, configure, read_input
 from server.reading.responses_body import ResponsesRequest
@@ -47,6 +48,61 @@ async def events(client: Client, **body: Any) -> list[Any]:
     found = [json.loads(text.split("\ndata: ")[1]) for text in texts]
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
+
+
+# ---- log-probabilities ----
+
+LOGPROBS: Any = ["message.output_text.logprobs"]
+
+
+def tokens_of(logprobs: Any) -> str:
+    return b"".join(bytes(token["bytes"]) for token in logprobs).decode()
+
+
+@pytest.mark.parametrize("answer", ["Hello, world", THOUGHT_AND_CALL, "<think>Let me</think>\n\nLet me", "<think>Hm"])
+async def test_texts_have_the_log_probabilities_of_their_own_tokens(engine: FakeEngine, answer: str) -> None:
+    engine.answer = answer
+    async with serving(engine, **PARSERS) as client:
+        body: dict[str, Any] = {"include": LOGPROBS, "top_logprobs": 2, "tools": [TOOL]}
+        whole = await (await client.post("/v1/responses", json={"input": "Hi", **body})).json()
+        streamed = await events(client, **body)
+    texts = [item["content"][0] for item in whole["output"] if item["type"] == "message"]
+    assert len(texts) == (answer != "<think>Hm") and whole["top_logprobs"] == 2
+    deltas = [event for event in streamed if event["type"] == "response.output_text.delta"]
+    for text in texts:
+        assert tokens_of(text["logprobs"]) == text["text"] == answer.rpartition("</think>")[2].partition("<")[0].strip()
+        assert [len(token["top_logprobs"]) for token in text["logprobs"]] == [2] * len(text["text"].encode())
+        assert [token for event in deltas for token in event["logprobs"]] == text["logprobs"]
+        (done,) = [event for event in streamed if event["type"] == "response.output_text.done"]
+        assert done["logprobs"] == text["logprobs"]
+    ended = [item["content"] for item in streamed[-1]["response"]["output"] if item["type"] == "message"]
+    assert ended == [[text] for text in texts]
+
+
+def test_a_token_that_pieces_share_is_the_firsts_and_what_is_no_text_is_passed_over() -> None:
+    tokens = TextLogprobs(lambda logprobs: [{"bytes": list(token)} for token in logprobs])  # type: ignore[attr-defined]
+
+    def taken(piece: str, *come: bytes) -> list[bytes]:
+        tokens.add(list(come))  # type: ignore[arg-type]
+        return [bytes(token["bytes"]) for token in tokens.take(piece)]
+
+    assert taken("Hm", b"<think>", b"H", b"m") == [b"H", b"m"]
+    assert taken("a b", b"</think>", b"a", b" bc") == [b"a", b" bc"]
+    assert taken("c") == [] and taken("€", b"\xe2\x82", b"\xac") == [b"\xe2\x82", b"\xac"]
+    assert taken("\ufffd", b"\xe2") == [b"\xe2"], "half a character"
+    assert taken("e", b"e", b"<eos>") == [b"e"]
+
+
+async def test_the_official_client_reads_log_probabilities(api: openai.AsyncOpenAI) -> None:
+    response: Any = await api.responses.create(model="fake-model", input="Hi", include=LOGPROBS)
+    (part,) = response.output[0].content
+    assert "".join(token.token for token in part.logprobs) == "Hello, world"
+    assert part.logprobs[0].top_logprobs == []
+    async with api.responses.stream(model="fake-model", input="Hi", top_logprobs=1) as stream:
+        deltas = [event async for event in stream if event.type == "response.output_text.delta"]
+    assert [delta.logprobs[0].token for delta in deltas] == list("Hello, world")
+    plain: Any = await api.responses.create(model="fake-model", input="Hi")
+    assert plain.output[0].content[0].logprobs == []
 
 
 # ---- answers ----
@@ -423,7 +479,6 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         ("truncation", {"truncation": "some"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "x"}}),
-        ("include", {"include": ["message.output_text.logprobs"]}),
         ("text.verbosity", {"text": {"verbosity": "huge"}}),
         ("n", {"n": 2}),
     ],

@@ -42,13 +42,12 @@ from server.reading.responses_body import (
 from server.reading.responses_tools import KNOWN_TOOLS, Tools, function_name, read_choice
 
 SAME_NAMES = (*EXTRAS, "stop", "structured_outputs", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
+LOGPROBS = "message.output_text.logprobs"
 FORMAT_FIELDS = ("name", "description", "schema", "strict")
 
 
 def chat_body(body: ResponsesRequest, messages: list[JSON], tools: Tools, left_out: LeftOut) -> JSON:
     """Return the same request to chat.completions, of `messages`. `InvalidRequest` names what cannot be said there."""
-    if "message.output_text.logprobs" in body.include:
-        raise body.wrong("include", "without message.output_text.logprobs")
     text = convert(body.text, TextConfig, "text")
     for name, is_hint in (
         ("context_management", body.context_management), ("text.verbosity", text.verbosity != "medium"),
@@ -61,6 +60,8 @@ def chat_body(body: ResponsesRequest, messages: list[JSON], tools: Tools, left_o
     chat: JSON = {"messages": messages, **body.given(SAME_NAMES)}
     if body.max_output_tokens is not None:
         chat["max_completion_tokens"] = body.max_output_tokens
+    if body.top_logprobs is not None or LOGPROBS in body.include:
+        chat |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     if tools.functions:
         chat["tools"] = tools.functions
     if body.tool_choice is not None:
@@ -289,6 +290,7 @@ def echo_of(body: ResponsesRequest, model: str) -> JSON:
         "text": written({"format": {"type": "text"}} | body.text),
         "tool_choice": written(body.tool_choice or "auto"),
         "tools": written(body.tools),
+        "top_logprobs": body.top_logprobs or 0,
         "truncation": body.truncation,
         "user": body.user or None,
     }

@@ -6,13 +6,13 @@ from msgspec import Meta
 
 from engine.declared import MAX_INT, Object, tagged
 from engine.request import SamplingFields
-from server.reading.openai_body import EXTRAS, OF_CHATS, Effort, StructuredOutputs
+from server.reading.openai_body import EXTRAS, OF_CHATS, Effort, StructuredOutputs, TopLogprobs
 from server.reading.protocol import JSON
 from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields, described_as
 
 MAX_METADATA = 16
 UNSUPPORTED = (
-    "conversation", "prompt", "moderation", "image", "top_logprobs", "n", "max_tokens", *OF_CHATS
+    "conversation", "prompt", "moderation", "image", "n", "max_tokens", *OF_CHATS
 )  # fmt: skip
 
 # ---- items of the input, which are kept as the client wrote them; null is a default here, which is quick to read ----
@@ -253,6 +253,7 @@ class ResponsesRequest(
     reasoning: Annotated[JSON, described(ReasoningConfig)] = {}
     text: Annotated[JSON, described(TextConfig)] = {}
     include: list[str] = []
+    top_logprobs: TopLogprobs | None = None
     truncation: Annotated[Literal["disabled", "auto"], Meta(description="nothing is cut, whichever it says")] = (
         "disabled"
     )
