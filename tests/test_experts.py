@@ -257,6 +257,13 @@ def test_scales_of_experts_are_those_of_the_ranks_own() -> None:
     assert torch.equal(scales(ids, weights), torch.tensor([[1.5, 1.25], [4.0, 0.0]]))
 
 
+def test_scales_of_experts_bear_ids_that_no_kernel_has_written() -> None:
+    """A start that only compiles kernels passes on what the memory held; a GPU would end the process."""
+    scales = ExpertScales(6, range(6), LayerConfig(torch.float32))
+    scales.weight = torch.arange(6.0)
+    assert scales(torch.tensor([[-(2**62), 2**62]]), torch.ones(1, 2)).shape == (1, 2)
+
+
 def upcycle(folder: Path, target: Path, num_experts: int) -> Path:
     """Write a Llama as a Mixtral: each expert is the MLP, and the router is random."""
     shutil.copytree(folder, target)

@@ -68,8 +68,11 @@ class ExpertScales(Layer):
         self.first, self.weight = held.start, meta_weight(num_experts, dtype=layers.dtype)
 
     def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return weights [T, k] of `ids`, which count from this rank's first expert; behind its last they are 0."""
-        return weights * self.weight[(ids + self.first).clamp(max=len(self.weight) - 1)].float()
+        """Return weights [T, k] of `ids`, which count from this rank's first expert; behind its last they are 0.
+
+        While a start only compiles kernels, nothing has written the ids: they may be anything.
+        """
+        return weights * self.weight[(ids + self.first).clamp(0, len(self.weight) - 1)].float()
 
     def fill_dummy(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing is random here
         self.weight.fill_(1.0)
