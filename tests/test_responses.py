@@ -276,6 +276,21 @@ def test_the_store_is_bounded_in_bytes() -> None:
     assert store.num_bytes == 0
 
 
+def test_the_events_that_a_response_keeps_count_as_its_own_and_go_with_it() -> None:
+    store = ResponseStore(max_count=100, max_bytes=1000)
+    for name in "ab":
+        store.put("", {"id": name}, [])
+    before = store.num_bytes
+    store.keep_events("b", [b"x" * 100, b"y"])
+    store.keep_events("gone", [b"x" * 100])
+    assert store.num_bytes == before + 101
+    assert (store.events("a"), store.events("b"), store.events("gone")) == (None, [b"x" * 100, b"y"], None)
+    store.keep_events("a", [b"x" * 1000])
+    assert store.owner("a") is None and store.events("b") is not None and store.num_bytes <= 1000
+    store.remove("b")
+    assert (store.num_bytes, store.events("b")) == (0, None)
+
+
 @pytest.mark.parametrize("limits", [{"max_count": 4}, {"max_bytes": 4 * 350}])
 def test_who_stores_much_pushes_out_nobody_elses_responses(limits: dict[str, int]) -> None:
     store = ResponseStore(**limits)
@@ -322,6 +337,73 @@ async def test_a_background_response_is_fetched_when_it_is_done() -> None:
         while done.status == "in_progress":
             done = await api.responses.retrieve(response.id)
         assert (done.status, done.output_text, done.background) == ("completed", "Hello", True)
+
+
+async def test_a_background_stream_goes_on_without_its_client_and_is_taken_up_at_any_event() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        stream: Any = await api.responses.create(model="fake-model", input="Hi", background=True, stream=True)
+        created: Any = await anext(stream)
+        response_id = created.response.id
+        assert (created.type, created.response.background) == ("response.created", True)
+        engine.emit(engine.states[0], "Hel")
+        async for event in stream:
+            if event.type == "response.output_text.delta":
+                break
+        await stream.close()
+        running = await api.responses.retrieve(response_id)
+        assert (running.status, running.output) == ("in_progress", [])
+        late: Any = await api.responses.retrieve(response_id, stream=True, starting_after=event.sequence_number)
+        engine.emit(engine.states[0], "lo")
+        first: Any = await anext(late)
+        assert (first.sequence_number, first.delta) == (event.sequence_number + 1, "lo")
+        engine.finish(engine.states[0], FinishReason("stop"))
+        rest: list[Any] = [first] + [event async for event in late]
+        whole: Any = await api.responses.retrieve(response_id, stream=True)
+        everything = [event async for event in whole]
+        assert engine.aborted == []
+        assert [event.sequence_number for event in everything] == list(range(len(everything)))
+        assert rest == everything[event.sequence_number + 1 :]
+        assert rest[-1].response.output_text == "Hello"
+        assert (await api.responses.retrieve(response_id)).output_text == "Hello"
+        none: Any = await api.responses.retrieve(response_id, stream=True, starting_after=len(everything))
+        assert [event async for event in none] == []
+        await api.responses.delete(response_id)
+        with pytest.raises(openai.NotFoundError):
+            await api.responses.retrieve(response_id, stream=True)
+
+
+async def test_a_background_stream_that_is_cancelled_or_fails_ends_with_an_event_of_it() -> None:
+    for status_code, kind, status in ((499, "response.incomplete", "cancelled"), (500, "response.failed", "failed")):
+        engine = FakeEngine(is_manual=True)
+        async with serving(engine) as client, official(client) as api:
+            stream: Any = await api.responses.create(model="fake-model", input="Hi", background=True, stream=True)
+            engine.finish(engine.states[0], FinishReason("abort", message="x", status_code=status_code))
+            *_, last = [event async for event in stream]
+            assert (last.type, last.response.status) == (kind, status)
+            assert (await api.responses.retrieve(last.response.id)).status == status
+
+
+async def test_a_server_that_ends_ends_the_streams_of_background_responses() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        stream: Any = await api.responses.create(model="fake-model", input="Hi", background=True, stream=True)
+        await anext(stream)
+    assert engine.aborted == [engine.states[0].rid]
+
+
+async def test_only_streams_in_the_background_can_be_streamed_again(api: openai.AsyncOpenAI) -> None:
+    for fields in ({}, {"background": True}, {"stream": True}):
+        made: Any = await api.responses.create(model="fake-model", input="Hi", **fields)  # type: ignore[call-overload]
+        response_id = (await anext(made)).response.id if "stream" in fields else made.id
+        if "stream" in fields:
+            _ = [event async for event in made]
+        with pytest.raises(openai.BadRequestError, match="stream"):
+            await api.responses.retrieve(response_id, stream=True)
+    again: Any = await api.responses.create(model="fake-model", input="Hi", background=True, stream=True)
+    (*_, last) = [event async for event in again]
+    with pytest.raises(openai.BadRequestError, match="starting_after"):
+        await api.responses.retrieve(last.response.id, stream=True, starting_after=-1)
 
 
 async def test_a_cancelled_background_response_keeps_what_it_had_said() -> None:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from engine.state import Delta, FinishReason, Logprobs, RequestState, ignore
 from server.http.live import LiveRequests, is_failure, written
-from server.http.sse import COMMENT, DONE, HEADERS, EventStream
+from server.http.sse import COMMENT, DONE, HEADERS, EventStream, Outlet
 from server.parsers import AnswerDelta, AnswerParser
 from server.reading.protocol import Owner, json_response
 
@@ -28,7 +28,7 @@ def failure_of(reason: FinishReason) -> tuple[int, str]:
 class Answer(ABC):
     """The answer to one request, number `index` of its response."""
 
-    stream: EventStream  # set by the stream that it is written to
+    stream: Outlet  # set by whoever takes its events
     begins_at_once: ClassVar[bool] = False  # `begin` says something, and needs no token for it
 
     def __init__(self, index: int, state: RequestState, parser: AnswerParser | None = None) -> None:

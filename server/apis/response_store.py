@@ -24,6 +24,7 @@ class Shelf:
     """One owner's responses."""
 
     texts: OrderedDict[str, bytes] = field(default_factory=OrderedDict)  # JSON by id, the least used first
+    events: dict[str, list[bytes]] = field(default_factory=dict)  # by id, of those that can be streamed again
     num_bytes: int = 0
 
 
@@ -47,6 +48,9 @@ class ResponseStore:
         self._owners[response["id"]], shelf.texts[response["id"]] = owner, text
         shelf.num_bytes += len(text)
         self.num_bytes += len(text)
+        self._make_room()
+
+    def _make_room(self) -> None:
         while len(self._owners) > self.max_count:
             self._remove_oldest(max(self._shelves.values(), key=lambda shelf: len(shelf.texts)))
         while self.num_bytes > self.max_bytes:
@@ -63,10 +67,25 @@ class ResponseStore:
         texts.move_to_end(response_id)
         return StoredResponse(*orjson.loads(texts[response_id]))
 
+    def keep_events(self, response_id: str, events: list[bytes]) -> None:
+        """Keep the events of a response as well, if there is such."""
+        if (owner := self._owners.get(response_id)) is None:
+            return
+        shelf, num_bytes = self._shelves[owner], sum(map(len, events))
+        shelf.events[response_id] = events
+        shelf.num_bytes += num_bytes
+        self.num_bytes += num_bytes
+        self._make_room()
+
+    def events(self, response_id: str) -> list[bytes] | None:
+        """Return the events of a response; None if they were not kept."""
+        owner = self._owners.get(response_id)
+        return None if owner is None else self._shelves[owner].events.get(response_id)
+
     def remove(self, response_id: str) -> None:
         owner = self._owners.pop(response_id)
         shelf = self._shelves[owner]
-        num_bytes = len(shelf.texts.pop(response_id))
+        num_bytes = len(shelf.texts.pop(response_id)) + sum(map(len, shelf.events.pop(response_id, ())))
         shelf.num_bytes -= num_bytes
         self.num_bytes -= num_bytes
         if not shelf.texts:

@@ -11,13 +11,13 @@ from aiohttp import web
 
 from engine.declared import convert
 from engine.errors import EngineError, InvalidRequest
-from engine.state import Delta
 from server.apis.blocks import respond_in_blocks
 from server.apis.files import page_of
 from server.apis.kept_images import KeptImages
 from server.apis.response_answer import ResponseAnswer, ScoredResponseAnswer
 from server.apis.response_store import ResponseStore, StoredResponse
 from server.config import ServerConfig
+from server.http.event_log import EventLog
 from server.http.live import LiveRequests, new_rid
 from server.http.owners import may_find, owner_of
 from server.reading.chat import Chats
@@ -90,18 +90,18 @@ class ResponsesApi:
     async def respond(self, caller: Owner, body: ResponsesRequest) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
         model, is_background = served_model(self.config, body.model), body.background
-        if is_background and (not body.store or body.stream):
-            raise InvalidRequest("background needs store: true and stream: false", "background")
+        if is_background and not body.store:
+            raise InvalidRequest("background needs store: true", "background")
         answer = await self._answer(caller, body, model)
         with spelled(answer.names):
             if not is_background:
                 return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
-            background = BackgroundResponse(owner_of(caller), answer)
+            background = BackgroundResponse(owner_of(caller), answer, self.store if body.stream else None)
             await background.begin(caller, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
-        return json_response(background.state())
+        return await background.log.send(caller) if body.stream else json_response(background.state())
 
     async def _answer(self, caller: Owner, body: ResponsesRequest, model: str) -> "ResponseAnswer":
         """Read `body`, whose fields the answer does not hold but for what is stored at its end."""
@@ -118,6 +118,7 @@ class ResponsesApi:
             chat = chat_body(body, messages, tools, left_out)
             self.left_out.enter(caller, left_out)
             turn = await self.chats.turn(convert(chat, ChatRequest), caller)
+            turn.options.stream |= body.background
             echo = echo_of(body, model)
             answer = (
                 ScoredResponseAnswer(turn, echo, tools.offered, names, self.chats.engine.tokenizer)
@@ -138,12 +139,21 @@ class ResponsesApi:
         answer = await self._answer(http_request, body, served_model(self.config, body.model))
         return json_response({"object": "response.input_tokens", "input_tokens": len(answer.turn.input_ids)})
 
-    async def retrieve(self, http_request: web.Request) -> web.Response:
-        if http_request.query.get("stream", "false") != "false":
-            raise InvalidRequest("stream is not supported here: ask for the answer again until it is done", "stream")
-        response_id = http_request.match_info["response_id"]
+    async def retrieve(self, http_request: web.Request) -> web.StreamResponse:
+        """Return a response; with `?stream=true` its events, those after number `starting_after` if that is given."""
+        query, response_id = http_request.query, http_request.match_info["response_id"]
         background = self._find_background(response_id, http_request)
-        return json_response(background.state() if background else self._find(response_id, http_request).response)
+        if query.get("stream", "false") == "false":
+            return json_response(background.state() if background else self._find(response_id, http_request).response)
+        if background is not None:
+            log = background.log if background.keeps_events else None
+        else:
+            self._find(response_id, http_request)
+            events = self.store.events(response_id)
+            log = None if events is None else EventLog(events)
+        if log is None:
+            raise InvalidRequest("stream: only a response made with background and stream can be streamed", "stream")
+        return await log.send(http_request, _first_event(query.get("starting_after")))
 
     async def list_input(self, http_request: web.Request) -> web.Response:
         """Return a page of the items that a response answered: `limit` of them `after` one, the newest first."""
@@ -221,34 +231,53 @@ class ResponsesApi:
 
 
 class BackgroundResponse:
-    """A response that nobody waits for."""
+    """A response that goes on whether somebody waits for it or not."""
 
-    def __init__(self, owner: str, answer: "ResponseAnswer") -> None:
+    def __init__(self, owner: str, answer: ResponseAnswer, store: ResponseStore | None) -> None:
+        """store: where its events are kept once it has ended; None: they are not."""
         self.owner, self.answer, self.id = owner, answer, answer.state.rid
+        self.log, self._store = EventLog(), store
         self.task: asyncio.Task[None]
-        self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
+
+    @property
+    def keeps_events(self) -> bool:
+        return self._store is not None
 
     async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
-        self.answer.state.sink = self._sink
+        self.answer.stream = self.log
+        self.answer.state.sink = self.answer.sink
         submitted = AsyncExitStack()
         with spelled(self.answer.turn.names):
             await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.state]))
+        self.log.write(self.answer.open())
         self.task = asyncio.create_task(self._finish(submitted))
 
-    def _sink(self, delta: Delta) -> None:
-        if not self._done.done():  # else the server is going down
-            self._done.set_result(delta)
-
     async def _finish(self, submitted: AsyncExitStack) -> None:
-        async with submitted:
-            self.answer.read_whole(await self._done)
+        try:
+            async with submitted:
+                await self.log.wake.wait()
+                self.log.write(self.answer.take_held())
+                if self._store is not None:
+                    self._store.keep_events(self.id, self.log.events)
+        finally:
+            self.log.close()
 
     def state(self) -> JSON:
-        return self.answer.response("in_progress" if self.answer.state.times.scheduled else "queued")
+        status = "in_progress" if self.answer.state.times.scheduled else "queued"
+        return self.answer.response(status) | {"output": []}
 
 
 # ---- reading ----
+
+
+def _first_event(starting_after: str | None) -> int:
+    """Return the number of the first event that a client wants."""
+    if starting_after is None:
+        return 0
+    if not starting_after.isdecimal():
+        raise InvalidRequest(f"starting_after must be an event's number, got {starting_after[:20]!r}", "starting_after")
+    return int(starting_after[:9]) + 1
 
 
 def _found_item(items_of: Callable[[str], dict[str, JSON]], item_id: str, field: str) -> JSON:

@@ -39,10 +39,19 @@ def named_event(value: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), orjson.dumps(value))
 
 
+class Outlet(Protocol):
+    """What an answer writes its events to."""
+
+    is_direct: bool  # a sink may write by itself: nothing is held that must go first
+    wake: asyncio.Event  # to be set when something is held
+
+    def write(self, events: bytes) -> None: ...
+
+
 class Source(Protocol):
     """One of the answers that share a stream."""
 
-    stream: "EventStream"
+    stream: Outlet
     is_finished: bool
 
     @property

@@ -178,7 +178,15 @@ CREATE_RESPONSE = Operation(
     "OpenAI's responses", "OpenAI", ResponsesRequest, ref("Response"), is_streaming=True, statuses=(404, 429)
 )
 RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
-RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
+RESPONSE = Operation(
+    "A stored response, or the events of one made with background and stream", "OpenAI", answer=ref("Response"),
+    is_streaming=True, statuses=(400, 404),
+    parameters=(
+        *RESPONSE_ID,
+        {"name": "stream", "in": "query", "schema": BOOLEAN},
+        {"name": "starting_after", "in": "query", "schema": integer(0)},
+    ),
+)  # fmt: skip
 RESPONSE_INPUT = Operation(
     "The items that a response answered", "OpenAI",
     answer=obj({"object": {"const": "list"}, "data": array(ANY_OBJECT), "has_more": BOOLEAN}, ["data", "has_more"]),
