@@ -173,25 +173,42 @@ def decode(
         IS_MERGED_LATER=is_merged_later,
     )
     if is_merged_later:
-        num_heads = q.shape[1]
-        _merge_kernel[(num_requests * num_heads, cdiv(v_dim, MERGED_COLUMNS))](
-            out,
-            batch.seq_lens,
-            partial,
-            partial_lse,
-            num_requests,
-            num_programs,
-            OUT_STRIDE=out.stride(0),
-            NUM_KV_HEADS=num_kv_heads,
-            GROUP=num_heads // num_kv_heads,
-            V_DIM=v_dim,
-            BLOCK_B=block_requests(num_requests),
-            BLOCK_GROUP=block_group,
-            BLOCK_N=config.block_n,
-            BLOCK_P=MERGED_PARTS,
-            BLOCK_V=MERGED_COLUMNS,
-            **launch_options(q.device, num_warps=4),
-        )
+        merge_parts(partial, partial_lse, batch, out, num_kv_heads, num_programs=num_programs, block_n=config.block_n)
+
+
+def merge_parts(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    num_kv_heads: int = 1,
+    *,
+    num_programs: int,
+    block_n: int,
+) -> None:
+    """Write what programs left of a few requests, whose tiles of block_n tokens were dealt out evenly, into `out`.
+
+    partial [2 * num_programs, heads of a KV head, rounded up to a power of two, V], as `decode` has it.
+    """
+    num_requests, (num_heads, v_dim) = batch.num_decodes, out.shape[1:]
+    _merge_kernel[(num_requests * num_heads, cdiv(v_dim, MERGED_COLUMNS))](
+        out,
+        batch.seq_lens,
+        partial,
+        partial_lse,
+        num_requests,
+        num_programs,
+        OUT_STRIDE=out.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        V_DIM=v_dim,
+        BLOCK_B=block_requests(num_requests),
+        BLOCK_GROUP=partial.shape[1],
+        BLOCK_N=block_n,
+        BLOCK_P=MERGED_PARTS,
+        BLOCK_V=MERGED_COLUMNS,
+        **launch_options(out.device, num_warps=4),
+    )
 
 
 def _prefix_partials(

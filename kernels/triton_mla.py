@@ -1,6 +1,6 @@
 """Multi-head latent attention in Triton: the kernels of `triton_decode` and `triton_prefill`, on latents or expanded.
 
-Prompts whose keys are expanded go to `hopper_prefill` where it serves.
+Prompts whose keys are expanded go to `hopper_prefill` where it serves, single tokens to `hopper_latents`.
 
 The definition is `kernels.mla.latent_attention_torch`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import hopper_prefill
+from kernels import hopper_latents, hopper_prefill
 from kernels.attention import SameBatch, gather
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.card import card_of
@@ -165,7 +165,9 @@ def _absorbed(
     latents = cache[..., :rank].expand(-1, num_groups(q.shape[1], q.device, q.dtype.itemsize), -1)
     rotated = Rotated(q[..., n:], cache[:, 0, rank:])
     found = torch.empty_like(queries)
-    if batch.num_decodes:
+    if batch.num_decodes and hopper_latents.can_decode(queries, rotated, cache, batch):
+        hopper_latents.decode(queries, rotated, cache, batch, found, scale=scale)
+    elif batch.num_decodes:
         decode(
             queries, latents, latents, batch, found, scale=scale, rotated=rotated, config=configs.decode,
             prefix_config=configs.absorbed,

@@ -14,6 +14,7 @@ import torch
 from kernels import (
     fp4_experts,
     gated_gemm,
+    hopper_latents,
     hopper_prefill,
     one_token,
     quantized_chain,
@@ -342,6 +343,10 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     prompts += [hopper_prefill.Variant(head_dim, wide, has_shared=True) for head_dim in hopper_prefill.SHARED_SIZES]
     for variant in prompts if card.is_hopper else ():
         yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
+    latents = [hopper_latents.Variant(group, wide, False, False) for group in (16, 20, hopper_latents.MAX_GROUP)]
+    latents += [hopper_latents.Variant(20, half, True, is_merged_later) for is_merged_later in (False, True)]
+    for few in latents if card.is_hopper else ():
+        yield f"hopper_latents {few}", hopper_latents.source(few), ARCHITECTURE, few.shared_bytes
     for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
         group = num_heads // num_kv_heads
         if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:

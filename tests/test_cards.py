@@ -12,6 +12,7 @@ from kernels import (
     fp4_experts,
     gated_gemm,
     hopper,
+    hopper_latents,
     hopper_prefill,
     one_token,
     quantized_chain,
@@ -23,6 +24,7 @@ from kernels.launch import Kernel
 from kernels.quantized_format import Format
 from kernels.quantized_kernel import Kind
 from kernels.triton_experts import Codes
+from kernels.triton_softmax import Rotated
 from tests.card_launches import batch_of, cuda_sources, empty
 from tests.cards import CARDS, wanted_on
 
@@ -55,12 +57,15 @@ def taken_on_hopper() -> list[tuple[ModuleType, bool]]:
     """Return whether modules that compile Hopper's instructions take what they are made for."""
     qkv, scales = empty(1, 48 * 128, dtype=BF16), empty(64, 4, dtype=BF16)
     q, (k, v) = empty(300, 32, 128, dtype=BF16), empty(2, 1024, 8, 128, dtype=BF16)
+    latents = empty(300, 16, 576, dtype=BF16)
+    rotated = Rotated(latents[:9, :, 512:], latents[:, 0, 512:])
     rotation = HeadRotation(empty(1, dtype=torch.int32), empty(4096, 128), None, None, 1e-5)
     codes = Codes(empty(64, 16, dtype=torch.int32), 128, "fp4", scales, group_size=32)
     kind = Kind(Format("int4", 128, scale_dtype=BF16), BF16, True, 128, BF16)
     return [
         (fp4_experts, fp4_experts.can_multiply(codes, BF16)),
         (gated_gemm, gated_gemm.can_gated_gemm(empty(9, 128, dtype=BF16), empty(1024, 128, dtype=BF16), "silu")),
+        (hopper_latents, hopper_latents.can_decode(latents[:9, :, :512], rotated, latents[:, :1], batch_of(9))),
         (hopper_prefill, hopper_prefill.can_prefill(q, k, v, batch_of(0, (300,)))),
         (hopper_prefill, hopper_prefill.can_prefill_shared(empty(9, 16, 192, dtype=BF16), 128, 64)),
         (one_token, one_token.can_attend_one_token(qkv, rotation, k, v, batch_of(1), 32)),
