@@ -106,7 +106,7 @@ def rows_of(shape: Shape, num_tokens: int, gate_up: ExpertStack, down: ExpertSta
     first_ids, first_weights = chosen[0]
     yield Row("router", [partial(route, one, routing, None, held) for one in logits], logits[0].nbytes, 0)
     sorted_ids = [gate_up.sort(ids) for ids, _ in chosen]
-    if sorted_ids[0] is not None:
+    if hasattr(sorted_ids[0], "order"):
         yield Row("sort", [partial(gate_up.sort, ids) for ids, _ in chosen], first_ids.nbytes * 1.5, 0)
     experts, pairs = num_chosen(first_ids, gate_up.num_experts)
     for name, stack, act, source in (("gate, up", gate_up, "silu", x), ("down", down, None, inner)):

@@ -16,7 +16,7 @@ from kernels.quantized_format import Format
 from kernels.weights import Weight
 
 if TYPE_CHECKING:
-    from kernels.triton_experts import Codes, Sorted
+    from kernels.triton_experts import Codes, Sorted, Unsorted
 
 
 class ExpertShape(NamedTuple):
@@ -68,7 +68,7 @@ class ExpertStack:
         else:
             self.experts = [_packed_in_place(expert) for expert in split_experts(stack, num_experts)]
 
-    def sort(self, ids: torch.Tensor) -> "Sorted | None":
+    def sort(self, ids: torch.Tensor) -> "Sorted | Unsorted | None":
         """Return the pairs of ids [T, k] as both products of a step want them."""
         if not ids.is_cuda:
             return None
@@ -76,13 +76,17 @@ class ExpertStack:
 
         kernels = fp4_experts if self.is_fp4 else triton_experts
         height = kernels.tile_height(ids.numel(), self.num_on_all_ranks)
-        return None if height is None else triton_experts.sort_pairs(ids, self.num_experts, height)
+        if height is None:
+            return None
+        if not self.is_fp4 and len(ids) <= triton_experts.LOWEST_BLOCK:
+            return triton_experts.Unsorted()
+        return triton_experts.sort_pairs(ids, self.num_experts, height)
 
     def products(
         self,
         x: torch.Tensor,
         ids: torch.Tensor,
-        by_expert: "Sorted | None",
+        by_expert: "Sorted | Unsorted | None",
         act: str | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -94,12 +98,12 @@ class ExpertStack:
         bias: [E n], of all experts.
         """
         if x.is_cuda:
-            from kernels.triton_experts import expert_products_triton
+            from kernels.triton_experts import Sorted, expert_products_triton
 
             assert self.codes is not None
             if isinstance(self.stack, QuantizedWeight):
                 x = self.stack.changed_inputs(x).to(x.dtype)
-            if by_expert is not None and self.is_fp4 and act in fp4_experts.ACTS:
+            if isinstance(by_expert, Sorted) and self.is_fp4 and act in fp4_experts.ACTS:
                 return fp4_experts.multiply(x, ids, self.codes, self.num_experts, act, by_expert, bias)
             is_shared_out = self.num_experts < self.num_on_all_ranks
             return expert_products_triton(

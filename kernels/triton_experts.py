@@ -1,8 +1,9 @@
 """Kernels of `kernels.experts`.
 
 Few pairs: each reads its expert's weights as a matrix-vector product does; pairs with the same expert find them in the
-L2 cache. More pairs are sorted by expert on the device, and tiles of one expert's pairs share its weights. The grid is
-that of the worst case, so that a CUDA graph holds for any choice of experts.
+L2 cache. Of up to 16 tokens those that have chosen an expert are one tile. More pairs are sorted by expert on the
+device, and tiles of one expert's pairs share its weights. The grid is that of the worst case, so that a CUDA graph
+holds for any choice of experts.
 """
 
 from typing import Any, NamedTuple
@@ -81,6 +82,12 @@ class Sorted(NamedTuple):
     block_m: int  # pairs of a tile
 
 
+class Unsorted(NamedTuple):
+    """The pairs of so few tokens that all of them are a tile of each expert: none has an expert twice."""
+
+    block_m: int = LOWEST_BLOCK
+
+
 def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
     """Return the pairs of ids [T, k] by expert and in order, in tiles of `block_m`.
 
@@ -141,7 +148,7 @@ def expert_products_triton(
     weight: Codes,
     num_experts: int,
     act: str | None,
-    by_expert: Sorted | None,
+    by_expert: Sorted | Unsorted | None,
     bias: torch.Tensor | None = None,
     *,
     is_shared_out: bool = False,
@@ -174,9 +181,13 @@ def expert_products_triton(
     if config is None:
         is_wide = x.dtype.itemsize == 4
         config = WIDE_TILE if is_wide else TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
-    num_tiles = min(num_pairs, cdiv(num_pairs, by_expert.block_m) + num_experts)
+    if isinstance(by_expert, Sorted):
+        num_tiles = min(num_pairs, cdiv(num_pairs, by_expert.block_m) + num_experts)
+        found, top_k = (by_expert.order, by_expert.ends, by_expert.tile_ends), 0
+    else:
+        num_tiles, found, top_k = num_experts, (ids, None, None), ids.shape[1]
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
-        x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
+        x, *tensors, bias, *found, out, n, rows, per_input, len(ids), **format_of, TOP_K=top_k,
         NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), TILE=by_expert.block_m, BLOCK_M=block_m,
         BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
@@ -414,28 +425,46 @@ def _pair_kernel(
     tl.store(out + pair.to(tl.int64) * N + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
-@fast_launch
 @triton.jit
+def pairs_of(ids, expert, NUM_TOKENS, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Return which of BLOCK_T tokens have chosen an expert, and their pairs with it."""
+    BLOCK_TOP: tl.constexpr = triton.next_power_of_2(TOP_K)
+    token, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_TOP)
+    mask = (token < NUM_TOKENS)[:, None] & (place < TOP_K)[None, :]
+    chosen = tl.load(ids + token[:, None] * TOP_K + place[None, :], mask=mask, other=-1)
+    # Where logits are no numbers, as rows of padding may have them, an expert may be chosen twice.
+    last = tl.max(tl.where(chosen == expert, place[None, :], -1), axis=1)
+    return last >= 0, (token * TOP_K + tl.maximum(last, 0)).to(tl.int64)
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["NUM_TOKENS"])
 def _tile_kernel(
-    x, weight, scale, zero, minimum, table, bias, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
+    x, weight, scale, zero, minimum, table, bias, order, ends, tile_ends, out, N, ROWS, PER_INPUT, NUM_TOKENS,
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    tile = tl.program_id(1)
-    experts = tl.arange(0, BLOCK_E)
-    all_tile_ends = tl.load(tile_ends + experts, mask=experts < NUM_EXPERTS, other=2147483647)
-    expert = tl.sum((all_tile_ends <= tile).to(tl.int32), axis=0)
-    if expert >= NUM_EXPERTS:
-        return
-    first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * TILE
-    m = first + tl.arange(0, BLOCK_M)
-    is_pair = m < tl.minimum(tl.load(ends + expert), first + TILE)
-    pairs = tl.load(order + m, mask=is_pair, other=0).to(tl.int64)
+    if TOP_K > 0:
+        expert = tl.program_id(1)
+        is_pair, pairs = pairs_of(order, expert, NUM_TOKENS, TOP_K, BLOCK_M)
+        if tl.sum(is_pair.to(tl.int32), axis=0) == 0:
+            return
+    else:
+        tile = tl.program_id(1)
+        experts = tl.arange(0, BLOCK_E)
+        all_tile_ends = tl.load(tile_ends + experts, mask=experts < NUM_EXPERTS, other=2147483647)
+        expert = tl.sum((all_tile_ends <= tile).to(tl.int32), axis=0)
+        if expert >= NUM_EXPERTS:
+            return
+        first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+        first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * TILE
+        m = first + tl.arange(0, BLOCK_M)
+        is_pair = m < tl.minimum(tl.load(ends + expert), first + TILE)
+        pairs = tl.load(order + m, mask=is_pair, other=0).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)

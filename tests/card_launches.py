@@ -40,6 +40,7 @@ from kernels.triton_attention import attention_of_products_triton, attention_tri
 from kernels.triton_decode import DECODE_LIMITS
 from kernels.triton_experts import (
     Codes,
+    Unsorted,
     combine_triton,
     expert_products_triton,
     permuted_triton,
@@ -241,6 +242,8 @@ def products_of(x: torch.Tensor, ids: torch.Tensor, codes: Codes, num_experts: i
     height = tile_height(ids.numel(), num_experts)
     by_expert = None if height is None else sort_pairs(ids, num_experts, height)
     expert_products_triton(x, ids, codes, num_experts, act, by_expert)
+    if len(x) <= Unsorted().block_m:
+        expert_products_triton(x, ids, codes, num_experts, act, Unsorted())
 
 
 def codes_of(num_rows: int, k: int) -> dict[str, Codes]:

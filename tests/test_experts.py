@@ -26,7 +26,7 @@ from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.layers.moe import MoE, Router, StackedLinear
+from engine.layers.moe import MoE, Routed, StackedLinear
 from engine.models.gemma4 import ExpertScales
 from engine.models.registry import build_model, load_config
 from kernels import fp4_experts
@@ -201,14 +201,13 @@ def test_each_token_has_the_experts_of_the_reference(
 
     name, options = FAMILIES[family]
     folder, ids = make_tiny_model(getattr(transformers, name), family, **options), random_ids(30, seed=2)
-    chosen, choose = list[torch.Tensor](), Router.choose
+    chosen, routed = list[torch.Tensor](), MoE.routed
 
-    def watched(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        experts, weights = choose(router, x)
+    def watched(moe: MoE, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> Routed:
         chosen.append(experts)
-        return experts, weights
+        return routed(moe, x, experts, weights)
 
-    monkeypatch.setattr(Router, "choose", watched)
+    monkeypatch.setattr(MoE, "routed", watched)
     packed(TinyEngine(folder)).forward({0: ids})
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = model(torch.tensor([ids]), output_router_logits=True).router_logits
@@ -415,7 +414,7 @@ FORMS = {
 
 
 @interpreted
-@pytest.mark.parametrize("num_tokens", [2, 70])  # pairs one by one, and in tiles
+@pytest.mark.parametrize("num_tokens", [2, 13, 70])  # pairs one by one, all of them a tile of each expert, and in tiles
 @pytest.mark.parametrize("act", ["silu", "clamped_swiglu", None])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, num_tokens: int, act: str | None):
@@ -439,8 +438,9 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
             stack.fields["minimum"] *= stack.fields["scale"]
     experts = split_experts(stack, num_experts)
     bias = None if act == "silu" else torch.randn(num_experts * n, generator=random)
-    height = triton_experts.tile_height(ids.numel(), num_experts)
-    by_expert = None if height is None else triton_experts.sort_pairs(ids, num_experts, height)
+    by_expert: Any = triton_experts.Unsorted() if num_tokens == 13 else None
+    if num_tokens == 70:
+        by_expert = triton_experts.sort_pairs(ids, num_experts, 32)
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert, bias)
     torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act, bias), rtol=1e-4, atol=1e-4)
 
@@ -528,6 +528,31 @@ def test_triton_multiplies_in_the_tiles_that_another_kernel_has_asked_for(height
     by_expert = triton_experts.sort_pairs(ids, 3, height)
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), 3, None, by_expert)
     torch.testing.assert_close(got, expert_products_torch(x, ids, split_experts(stack, 3)), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_an_expert_that_is_chosen_twice_leaves_other_tokens_alone():
+    from kernels import triton_experts
+
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 32, generator=random), torch.randn(4 * 16, 32, generator=random)
+    stack, ids = DenseWeight([Part(16)] * 4, 32, torch.float32, data=weight), torch.tensor([[1, 2], [0, 3], [3, 3]])
+    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), 4, None, triton_experts.Unsorted())
+    wanted = expert_products_torch(x, ids, split_experts(stack, 4))
+    torch.testing.assert_close(got[:4], wanted[:4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[5], wanted[5], rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("num_tokens", "is_fp4", "expected"),
+    [(1, False, "NoneType"), (16, False, "Unsorted"), (17, False, "Sorted"), (16, True, "Sorted")],
+)
+def test_pairs_of_few_tokens_are_not_sorted(num_tokens: int, is_fp4: bool, expected: str):
+    stack = ExpertStack(DenseWeight([Part(16)] * 9, 32, torch.float32, data=torch.zeros(9 * 16, 32)), 9)
+    stack.is_fp4 = is_fp4
+    ids = torch.arange(4).expand(num_tokens, 4).contiguous().as_subclass(OnGPU)
+    assert type(stack.sort(ids)).__name__ == expected
 
 
 class OnGPU(torch.Tensor):

@@ -26,7 +26,7 @@ from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, Part, Shard
 
 if TYPE_CHECKING:
-    from kernels.triton_experts import Sorted
+    from kernels.triton_experts import Sorted, Unsorted
 
 
 class Router(Linear):
@@ -114,7 +114,7 @@ class StackedLinear(Linear):
         self,
         x: torch.Tensor,
         ids: torch.Tensor,
-        by_expert: "Sorted | None",
+        by_expert: "Sorted | Unsorted | None",
         act: str | None = None,
         *,
         has_bias: bool = True,
@@ -145,7 +145,7 @@ class Routed(NamedTuple):
 
     inner: torch.Tensor  # [T k, inner], of pairs
     ids: torch.Tensor  # [T, k]
-    by_expert: "Sorted | None"
+    by_expert: "Sorted | Unsorted | None"
     weights: torch.Tensor  # float32 [T, k]
     shared: torch.Tensor | None  # [T, inner of the shared experts]
 
