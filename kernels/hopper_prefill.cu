@@ -4,7 +4,8 @@
 // multiply, 64 rows each. A row is a query of one head; those of the heads that share keys stand together. Scores of the
 // next tile are computed while a tile's values are still summed, and one warpgroup keeps the tensor cores busy while
 // another one exponentiates. Blocks stay, and claim work after work: the next one's first scores are computed while the
-// last one's results are written.
+// last one's results are written. And nobody asks for the largest score of a tile: weights are relative to what was the
+// largest one before, which costs nothing while they can be written; where a row's grow too much a warp scores it again.
 //
 // Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
 // a warp copies row by row, swizzled as the accelerator would. With SHARED_DIM all slots of a request follow each other.
@@ -46,6 +47,8 @@ constexpr float HIDDEN = -3e38f;  // score of a token that is not seen
 constexpr float NONE_YET = -1e30f;  // largest score of a row that has seen nothing: exp2 of the difference is 0
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, in units of log2, until sums are scaled
+constexpr bool IS_GUESSED = QUERY_BUFFERS > 1;  // see `try_weigh`, which needs the queries longer
+constexpr float MOST_WEIGHT = IS_HALF ? 16384.0f : 1048576.0f;  // that a thread may have in a tile of a guess
 
 // ---- instructions ----
 
@@ -115,6 +118,14 @@ __device__ __forceinline__ void multiply_values(float (&o)[VALUE_DIM / 2], u32 p
                : PV_SUMS
                : "r"(p0), "r"(p1), "r"(p2), "r"(p3), "l"(v), "r"((int)add));
 }
+// Ask whether `wait` would end at once.
+__device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
+  u32 is_over;
+  asm volatile(
+      "{\n.reg .pred over;\nmbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+      : "=r"(is_over) : "r"(barrier), "r"(parity) : "memory");
+  return is_over;
+}
 // Add to a counter of all blocks: what this block has written is seen by whoever adds after it.
 __device__ __forceinline__ int add_and_order(int* counter, int x) {
   int before;
@@ -159,6 +170,23 @@ __device__ __forceinline__ void store_tiles(u32 to, const u32 (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
+}
+// Load four tiles [8, 8]: thread i's address is that of row i % 8 of tile i / 8; it gets two numbers of row i / 4 of each.
+__device__ __forceinline__ void load_tiles(u32 (&words)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(from) : "memory");
+}
+#if IS_HALF
+#define SHORT "f16"
+#else
+#define SHORT "bf16"
+#endif
+// d[4] += 16 rows [16, 16] times 8 keys, as a warp does on its own.
+__device__ __forceinline__ void multiply_alone(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." SHORT "." SHORT ".f32"
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ uint4 load_shared(u32 address) {
   uint4 v;
@@ -498,6 +526,27 @@ struct Softmax {
     }
     return __any_sync(ALL, grows);
   }
+  // Make weights of scores as if these were no larger than those before, which spares looking for the largest one. Return
+  // whether that is right or nearly so, as nearly always: weights beyond 1 are no less exact. Else nothing holds.
+  __device__ __forceinline__ bool try_weigh(float (&s)[KEYS / 2], float scale) {
+    float sums[2][2] = {};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+      for (int g = 0; g < KEYS / 8; g++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& x = s[4 * g + 2 * h + e];
+          x = power_of_2(fmaf(x, scale, -m[h]));
+          sums[h][e] += x;
+        }
+      }
+    }
+    const float first = sums[0][0] + sums[0][1], second = sums[1][0] + sums[1][1];
+    if (!__all_sync(ALL, first <= MOST_WEIGHT && second <= MOST_WEIGHT)) return false;
+    l[0] += first, l[1] += second;
+    return true;
+  }
   // Sum up the weights of a row's columns, which four threads have.
   __device__ __forceinline__ void finish() {
 #pragma unroll
@@ -507,6 +556,26 @@ struct Softmax {
     }
   }
 };
+
+// Compute the scores of a warp's rows again, `queries` and `keys` in their swizzled slabs.
+__device__ __forceinline__ void score_again(float (&s)[KEYS / 2], u32 queries, u32 keys) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16, swizzle = lane % 8;
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; i++) s[i] = 0.0f;
+#pragma unroll 1
+  for (int column = 0; column < KEY_DIM / 8; column += 2) {  // of pieces of 16 bytes
+    const int slab = column / 8, piece = column % 8;
+    u32 q[4], k[4];
+    load_tiles(q, queries + slab * (ROWS * 128) + row * 128 + ((piece + lane / 16) ^ swizzle) * 16);
+    const u32 at = (lane / 16 * 8 + swizzle) * 128 + ((piece + lane / 8 % 2) ^ swizzle) * 16;
+#pragma unroll
+    for (int g = 0; g < KEYS / 8; g += 2) {
+      load_tiles(k, keys + slab * (KEYS * 128) + at + g * 1024);
+      multiply_alone(s + 4 * g, q, k[0], k[1]);
+      multiply_alone(s + 4 * g + 4, q, k[2], k[3]);
+    }
+  }
+}
 
 // ---- parts of a context that several blocks have shared out ----
 
@@ -610,7 +679,9 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     if (threadIdx.x == 0) end_claims(args);
   } else {
     take_registers();
-    const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    // What is one number of a warp is kept where the tensor cores read addresses; of wide keys there are too many.
+    const int warpgroup = (KEY_DIM > 128 ? threadIdx.x / 128 : __shfl_sync(ALL, threadIdx.x / 128, 0)) - 1;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const u32 my_staging = staging + (4 * warpgroup + warp) * STAGING_BYTES;
     Ring k(keys, K_BYTES, barriers, 0), v(values, V_BYTES, barriers + 16 * STAGES, 0);
     auto free = [&](Ring& ring) {
@@ -699,10 +770,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       mask(work.end - 1);
       softmax.weigh(s, scale);
       pack_weights();
-      bool add = false;
+      bool add = false, has_keys = false, has_values = false;
       for (int tile = work.end - 2; tile >= work.begin; tile--) {
-        wait(v.is_full(), v.parity);
-        wait(k.is_full(), k.parity);
+        if (!has_values) wait(v.is_full(), v.parity);
+        if (!has_keys) wait(k.is_full(), k.parity);
         take_turn(warpgroup);
         begin_products();
         start_scores();
@@ -711,16 +782,29 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
         add = true;
         wait_for_products<1>();
         keep(s);
-        free(k);
+        const u32 scored = my_queries();
+        if (!IS_GUESSED) free(k);
         if (tile == work.begin) fetch_next();
         mask(tile);
-        const bool grows = softmax.weigh(s, scale);
+        bool grows = false;
+        if (!IS_GUESSED) {
+          grows = softmax.weigh(s, scale);
+        } else {
+          if (!softmax.try_weigh(s, scale)) {
+            score_again(s, scored, k.tile());
+            mask(tile);
+            grows = softmax.weigh(s, scale);
+          }
+          free(k);
+        }
+        has_keys = is_over(k.is_full(), k.parity);
         keep(s);
         must_be_known(softmax.l[0] + softmax.l[1]);
         wait_for_products<0>();
         keep(o);
         keep(p);
         free(v);
+        has_values = is_over(v.is_full(), v.parity);
         if (grows) {
 #pragma unroll
           for (int i = 0; i < VALUE_DIM / 2; i++) o[i] *= softmax.alpha[i % 4 / 2];

@@ -162,13 +162,18 @@ def check(
     dtype: torch.dtype = BF16,
     most_parts: int = MAX_PARTS,
     is_in_a_row: bool = True,
+    growth: float = 1.0,
     **options: Any,
 ) -> None:
-    """Compare with the definition, and read nothing of slots that are no token's."""
+    """Compare with the definition, and read nothing of slots that are no token's.
+
+    growth: keys of the first 40 tokens, which come last, are so much larger.
+    """
     batch = bench.attention.make_batch(lens, seed=0)
     if is_in_a_row:
         lay_in_a_row(batch)
     q, k, v = make_inputs(batch, num_heads, num_kv_heads, head_dim, dtype, "cuda")
+    k[batch.slot_table[:, :40].long()] *= growth
     options = {"scale": head_dim**-0.5, **options}
     expected = attention_torch(q.float(), k.float(), v.float(), batch, **options)
     is_token = torch.zeros(len(k), dtype=torch.bool, device="cuda")
@@ -209,6 +214,16 @@ def test_options_equal_the_definition(head_dim: int, options: dict[str, Any]) ->
     if "sinks" in options:
         options = options | {"sinks": 3 * torch.randn(8, device="cuda").to(options["sinks"])}
     check(PROMPTS, head_dim=head_dim, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", KEYS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("growth", [10.0, 30.0, 1000.0])
+def test_scores_may_exceed_all_before_by_any_factor(head_dim: int, dtype: torch.dtype, growth: float) -> None:
+    check(PROMPTS, head_dim=head_dim, dtype=dtype, growth=growth)
+    check(PROMPTS, head_dim=head_dim, dtype=dtype, growth=growth, window=700)
+    check(PROMPTS, head_dim=head_dim, dtype=dtype, growth=growth, softcap=300.0, most_parts=1)
 
 
 @pytest.mark.gpu
