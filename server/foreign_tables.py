@@ -105,7 +105,7 @@ VLLM_FLAGS = (
     no_effect("--enable-log-deltas", "a request's line is written as it ends"),
     no_effect("--log-error-stack", "what the server itself is to blame for is logged with its stack"),
     no_effect("--disable-access-log-for-endpoints", "see --access-log"),
-    no_effect("--enable-server-load-tracking", "/get_load is always served"),
+    no_effect("--enable-server-load-tracking", "/load is always served"),
     no_effect("--enable-per-request-metrics", REQUEST_LOG),
     no_effect("--collect-detailed-traces", "every request's spans have its stages (--otlp-traces-endpoint)"),
     no_effect("--async-scheduling", OVERLAPPED),

@@ -101,8 +101,8 @@ WHO_MAY = {
     ANYBODY: "GET / | GET /docs | GET /health | GET /ping | GET /dashboard",
     # Whoever has a key. What they store or run is theirs.
     CLIENTS: """
-        GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load | GET /v1/loads
-        GET /model_info | GET /get_model_info | GET /server_info | GET /get_server_info
+        GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load | GET /v1/loads | GET /load
+        GET /version | GET /model_info | GET /get_model_info | GET /server_info | GET /get_server_info
         POST /generate | PUT /generate | POST /generate_from_file | POST /invocations | POST /vertex_generate
         POST /v1/chat/completions | POST /v1/chat/completions/render | POST /v1/completions
         GET /v1/models | GET /v1/models/{model} | POST /v1/messages | POST /v1/messages/count_tokens

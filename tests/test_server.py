@@ -691,6 +691,8 @@ async def test_load_counts_requests_and_tokens_of_each_replica(client: Client, e
     assert await (await client.get("/get_load")).json() == [{"dp_rank": i, **load} for i in range(2)]
     info = await (await client.get("/server_info")).json()
     assert len(info["internal_states"]) == 2
+    assert await (await client.get("/load")).json() == {"server_load": 3}
+    assert await (await client.get("/version")).json() == {"version": info["version"]}
 
 
 async def test_v1_loads_reports_each_replica_against_its_limits_as_sglang_does() -> None:

@@ -44,6 +44,7 @@ class NativeApi:
             web.get("/get_server_info", self.server_info),
             web.get("/server_info", self.server_info),
             web.get("/get_load", self.load),
+            web.get("/version", self.version),
             web.get("/flush_cache", self.flush_cache),
             web.post("/flush_cache", self.flush_cache),
             web.post("/abort_request", self.abort_request),
@@ -113,6 +114,10 @@ class NativeApi:
                 "pid": os.getpid(),
             }
         )
+
+    async def version(self, _: web.Request) -> web.Response:
+        """Report the version, where vLLM does."""
+        return json_response({"version": _version()})
 
     async def load(self, _: web.Request) -> web.Response:
         """Report each replica's load. `num_tokens`: tokens in KV slots and in the prompts that wait."""

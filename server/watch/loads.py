@@ -1,4 +1,4 @@
-"""SGLang's /v1/loads: how busy each replica is, for load balancers."""
+"""SGLang's /v1/loads and vLLM's /load: how busy each replica is, for load balancers."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,12 @@ class Loads:
         self.engine, self.monitor = engine, monitor
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get("/v1/loads", self.loads)]
+        return [web.get("/v1/loads", self.loads), web.get("/load", self.load)]
+
+    async def load(self, _: web.Request) -> web.Response:
+        """Report the number of requests that run or wait."""
+        scheduler = self.engine.stats().scheduler
+        return json_response({"server_load": scheduler.num_running + scheduler.num_waiting})
 
     async def loads(self, http_request: web.Request) -> web.Response:
         """Report the load of each replica, or of the one that `?dp_rank=` names, and their sums and means."""

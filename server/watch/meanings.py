@@ -277,6 +277,7 @@ ANSWERS: dict[str, str] = {
     "canary_drift": "how far they moved at the last look",
     "models": "the list",
     "version": "of the API",
+    "server_load": "requests that run or wait",
     "capabilities": "what the model can do",
     "path": "where it was written",
     "log_requests": "whether a line is written for each request that ended",

@@ -365,6 +365,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             {"name": "include", "in": "query", "schema": STRING},
         ),
     ),
+    ("GET", "/load"): Operation(
+        "The number of requests that run or wait, as vLLM has it", "server", answer=obj({"server_load": integer(0)})
+    ),
+    ("GET", "/version"): Operation("The server's version", "server", answer=obj({"version": STRING})),
     ("POST", "/abort_request"): ABORT,
     ("GET", "/flush_cache"): FLUSH,
     ("POST", "/flush_cache"): FLUSH,
