@@ -100,7 +100,8 @@ class RequestLimits:
             )
         if not 0 <= request.top_logprobs_num <= self.vocab_size:
             raise InvalidRequest(
-                f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num"
+                f"top_logprobs_num must be from 0 to {self.vocab_size}, got {request.top_logprobs_num}",
+                "top_logprobs_num",
             )
         if not -1 <= request.logprob_start_len < request.prompt_len:
             raise InvalidRequest(

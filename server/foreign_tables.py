@@ -130,7 +130,7 @@ VLLM_FLAGS = (
     no_effect("--swap-space", "what is retracted is computed again"),
     no_effect("--preemption-mode", "what is retracted is computed again"),
     no_effect("--kv-offloading-*", CACHE_TIERS),
-    no_effect("--max-logprobs", "any number is served"),
+    no_effect("--max-logprobs", "a token has up to 128, in /generate 1024"),
     no_effect("--chat-template-content-format", "which one a template wants is found at the start"),
     no_effect("--compilation-config", COMPILED),
     no_effect("-cc", COMPILED),

@@ -178,7 +178,7 @@ async def test_the_model_is_listed_shown_and_known_with_its_tag() -> None:
         ("options.num_predict", "/api/chat", {"messages": USER, "options": {"num_predict": "many"}}),
         ("options.temperature", "/api/chat", {"messages": USER, "options": {"temperature": -1}}),
         ("options.repeat_penalty", "/api/generate", {"prompt": "x", "raw": True, "options": {"repeat_penalty": 9}}),
-        ("top_logprobs", "/api/chat", {"messages": USER, "logprobs": True, "top_logprobs": 99}),
+        ("top_logprobs", "/api/chat", {"messages": USER, "logprobs": True, "top_logprobs": 129}),
         ("top_logprobs", "/api/chat", {"messages": USER, "top_logprobs": 2}),
         ("top_logprobs", "/api/generate", {"prompt": "x", "raw": True, "top_logprobs": 2}),
         ("options.seed", "/api/chat", {"messages": USER, "options": {"seed": "x"}}),

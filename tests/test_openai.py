@@ -213,6 +213,18 @@ async def test_echo_with_logprobs_scores_the_prompt(client: Client) -> None:
     }
 
 
+async def test_a_student_of_a_model_may_have_more_alternatives_than_openai_gives(client: Client) -> None:
+    body = {"messages": USER, "max_tokens": 1, "logprobs": True, "top_logprobs": 100}
+    (choice,) = (await (await client.post("/v1/chat/completions", json=body)).json())["choices"]
+    assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 100
+    body = {"prompt": "Hi", "max_tokens": 1, "logprobs": 100}
+    (choice,) = (await (await client.post("/v1/completions", json=body)).json())["choices"]
+    assert len(choice["logprobs"]["top_logprobs"][0]) == 100
+    body = {"input": "Hi", "max_output_tokens": 1, "top_logprobs": 100}
+    response = await (await client.post("/v1/responses", json=body)).json()
+    assert len(response["output"][0]["content"][0]["logprobs"][0]["top_logprobs"]) == 100
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_offsets_count_characters_however_many_tokens_they_are_made_of(
     client: Client, engine: FakeEngine, is_stream: bool
@@ -334,7 +346,7 @@ BAD_BODIES: list[tuple[tuple[str, dict[str, Any]], str]] = [
     (chat(min_tokens=-5), "min_tokens"),
     (chat(logprobs=1), "logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
-    (chat(logprobs=True, top_logprobs=50), "top_logprobs"),
+    (chat(logprobs=True, top_logprobs=129), "top_logprobs"),
     (chat(stream="yes"), "stream"),
     (chat(stream_options={"include_usage": True}), "stream_options"),
     (chat(stream=True, stream_options=5), "stream_options"),
@@ -361,7 +373,7 @@ BAD_BODIES: list[tuple[tuple[str, dict[str, Any]], str]] = [
     (completion(suffix="x"), "suffix"),
     (completion(best_of=3), "best_of"),
     (completion(logprobs=-1), "logprobs"),
-    (completion(logprobs=100), "logprobs"),
+    (completion(logprobs=129), "logprobs"),
     (completion(logprobs=True), "logprobs"),
     (completion(echo="x"), "echo"),
     (completion(max_tokens=-5), "max_tokens"),

@@ -10,7 +10,7 @@ from server.media.limits import MAX_SETTING
 from server.reading.protocol import JSON
 from server.reading.shared_fields import MAX_OBJECTS, Prompts, RequestFields, Text, described_as
 
-MAX_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 128  # of a token: OpenAI has 20, students of a model want more; each takes 1 us of the loop
 
 # OpenAI's, SGLang's and vLLM's. They would change the answer: better refused than ignored.
 UNSUPPORTED = (
