@@ -72,6 +72,10 @@ class EngineConfig:
         "model", MODEL, "defaults of sampling fields: the model's generation_config.json or OpenAI's constants",
         choices=("model", "openai"),
     )  # fmt: skip
+    preferred_sampling_params: str | None = option(
+        None, MODEL, 'sampling fields that go before these defaults, as JSON: {"temperature": 0.6, "top_p": 0.95}',
+        aliases=("--override-generation-config",),
+    )  # fmt: skip
 
     kv_cache_dtype: str = option(
         "auto", MEMORY, "of cached keys and values", choices=("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")

@@ -17,9 +17,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.config_file import checked, read_json
-from engine.errors import InvalidRequest, ModelError
-from engine.request import SamplingParams
+from engine.errors import ModelError
 from engine.rope_config import NO_ROTATION, RopeConfig, parse_rope, resolve_context_length
+from engine.sampling_defaults import read_generation_defaults, read_preferred
 from kernels.card import OLDEST_BFLOAT16
 from kernels.routing import Routing
 
@@ -38,7 +38,6 @@ MULTIPLIERS = {
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
 FLOAT32_MEMORY_SHARE = 0.5  # share of the memory that weights may take when they are stored larger than they must be
-GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.
 TURN_ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>",
@@ -303,7 +302,8 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     """Return `model` with what does not depend on its family: dtype, context length, end tokens, sampling defaults."""
     generation_file = folder / "generation_config.json"
     generation = checked(read_json(generation_file), generation_file)
-    has_defaults = config.sampling_defaults == "model"
+    own = generation if config.sampling_defaults == "model" else {}
+    defaults = read_generation_defaults(own, model.vocab_size, generation_file)
     context_length = resolve_context_length(config.context_length, model.rope)
     if model.is_language_half and not model.vision:
         logger.warning("%s: only the language model is run, images and sounds are not read", model.architectures[0])
@@ -315,7 +315,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
         # A window over the whole context is none.
         attention=tuple(replace(a, window=-1) if a.window >= context_length else a for a in model.attention),
         eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
-        sampling_defaults=read_sampling_defaults(generation, model.vocab_size, generation_file) if has_defaults else {},
+        sampling_defaults=defaults | read_preferred(config.preferred_sampling_params, model.vocab_size),
         pooling=config.pooling or parse_pooling(folder),
     )
 
@@ -465,18 +465,6 @@ def every_nth_global(n: int, num_layers: int) -> tuple[bool, ...]:
 def parse_pooling(folder: Path) -> str:
     """Return what sentence-transformers' files say; "last", the custom with decoders, if there are none."""
     return "mean" if read_json(folder / "1_Pooling" / "config.json").get("pooling_mode_mean_tokens") else "last"
-
-
-def read_sampling_defaults(generation: dict[str, Any], vocab_size: int, file: Path) -> dict[str, Any]:
-    """Return the sampling fields of a generation_config.json. `ModelError` if no request could use them."""
-    defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
-    if defaults.get("top_k") == 0:  # Hugging Face's "off"
-        defaults["top_k"] = -1
-    try:
-        SamplingParams.from_dict({}, defaults).verify(vocab_size)
-    except InvalidRequest as error:
-        raise ModelError(f"{file}: {error} (--sampling-defaults openai does without)") from None
-    return defaults
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

@@ -339,6 +339,10 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
         ("--enable-eplb --eplb-config.window_size 5 --numa-node 0 1 --port 1", {"port": 1}),
         ("--served-model-name a b --port 1", {"served_model_name": ["a", "b"], "port": 1}),
         ('--allowed-origins ["http://a","*"]', {"allowed_origins": ["http://a", "*"]}),
+        (
+            '--override-generation-config {"temperature":0.6}',
+            {"preferred_sampling_params": '{"temperature":0.6}'},
+        ),
         ("--speculative-config.method ngram", None),
         ("--max-lora-rank 8", None),
         ("--enable-lora-bias", None),

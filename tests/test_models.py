@@ -421,6 +421,25 @@ def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama
     assert config.sampling_defaults == {"temperature": 0.6, "top_k": -1}
 
 
+def test_preferred_sampling_params_go_before_the_models_own_and_are_checked_at_the_start(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+
+    def defaults(text: str, **options: Any) -> dict[str, Any]:
+        config = EngineConfig(model_path=str(tmp_path), preferred_sampling_params=text, **options)
+        return load_config(tmp_path, config).sampling_defaults
+
+    assert defaults('{"temperature": 0.2, "presence_penalty": 1.5, "top_k": 0, "min_p": null}') == {
+        "temperature": 0.2, "top_p": 0.9, "presence_penalty": 1.5, "top_k": -1,
+    }  # fmt: skip
+    assert defaults('{"top_p": 0.5}', sampling_defaults="openai") == {"top_p": 0.5}
+    for wrong in ("{", "[]", '{"temperature": -1}', '{"temperature": "hot"}', '{"max_new_tokens": 5}'):
+        with pytest.raises(ModelError, match="--preferred-sampling-params"):
+            defaults(wrong)
+
+
 def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     (tmp_path / "generation_config.json").write_text('{"top_p": 1.5}')
