@@ -107,6 +107,10 @@ class ServerConfig(EngineConfig):
     keep_volatile_prompts: bool = option(
         False, API, "keep what coding agents change in each prompt (billing header, tokens left), which defeats caching"
     )
+    enable_force_include_usage: bool = option(
+        False, API, "streams of OpenAI's routes end with their usage, whether or not stream_options ask for it",
+        aliases=("--stream-response-default-include-usage",),
+    )  # fmt: skip
     enable_cache_report: bool = option(False, API, "tell in `usage` how many prompt tokens were cached")
 
     profile_dir: str = option("profiles", DEBUG, "folder of the traces that /start_profile and /stop_profile record")

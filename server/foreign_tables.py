@@ -207,7 +207,6 @@ VLLM_FLAGS = (
     refused("--override-pooler-config", "see --pooling"),
     refused("--trust-request-chat-template", "requests bring no templates: --chat-template"),
     refused("--return-tokens-as-token-ids", "a request asks for it: return_tokens_as_token_ids"),
-    refused("--enable-force-include-usage", "a request asks for it: stream_options"),
     refused("--log-config-file", "see --log-level, --log-level-http and --access-log"),
     refused("--guided-decoding-disable-*", WHITESPACE),
     refused("--lora-*", ADAPTERS),

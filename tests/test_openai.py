@@ -213,6 +213,16 @@ async def test_echo_with_logprobs_scores_the_prompt(client: Client) -> None:
     }
 
 
+async def test_the_command_line_may_have_every_stream_end_with_its_usage(engine: FakeEngine) -> None:
+    async with serving(engine, enable_force_include_usage=True) as client:
+        wishes: list[dict[str, Any]] = [{}, {"stream_options": {"include_usage": False}}]
+        for wish in wishes:
+            last = (await events(client, "/v1/completions", prompt="Hi", max_tokens=2, **wish))[-1]
+            assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
+            last = (await events(client, "/v1/chat/completions", messages=USER, max_tokens=2, **wish))[-1]
+            assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
+
+
 async def test_a_student_of_a_model_may_have_more_alternatives_than_openai_gives(client: Client) -> None:
     body = {"messages": USER, "max_tokens": 1, "logprobs": True, "top_logprobs": 100}
     (choice,) = (await (await client.post("/v1/chat/completions", json=body)).json())["choices"]

@@ -123,10 +123,11 @@ class OpenAIApi:
         if envelope.returns_token_ids and options.stream:
             raise InvalidRequest("return_token_ids is not supported with stream: true", "return_token_ids")
         envelope.names_tokens_by_id = body.return_tokens_as_token_ids
+        envelope.has_usage = self.config.enable_force_include_usage
         if body.stream_options is not None:
             if not options.stream:
                 raise InvalidRequest("stream_options is allowed only with stream: true", "stream_options")
-            envelope.has_usage = body.stream_options.include_usage
+            envelope.has_usage |= body.stream_options.include_usage
             envelope.has_continuous_usage = body.stream_options.continuous_usage_stats and envelope.has_usage
         if body.return_meta_info:
             envelope.meta_info = MetaInfo(self.engine.tokenizer)
