@@ -5,13 +5,19 @@ why it has no effect. One whose lack would change answers, memory or who is serv
 The flags themselves: `foreign_tables.py`.
 """
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 ANY = "*"  # in place of a flag's end, or of a value
 FLAG = re.compile(r"-[^\d.]")  # a word that begins so is no value
+OBJECT_FLAGS = frozenset({
+    "--default-chat-template-kwargs", "--override-generation-config", "--preferred-sampling-params", "--hf-overrides",
+    "--json-model-override-args", "--mm-process-config", "--limit-mm-per-prompt",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +105,40 @@ def find(flag: str, table: Collection[ForeignFlag]) -> ForeignFlag | None:
     )
 
 
+def with_objects(argv: Sequence[str]) -> list[str]:
+    """Return a command line with vLLM's `--flag.key value`, of flags that take an object, as `--flag {...}`."""
+    words, left = list[str](), list(argv)
+    objects: dict[str, dict[str, Any]] = {}
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        flag, *keys = name.split(".")
+        flag = flag.replace("_", "-")
+        if not keys or flag not in OBJECT_FLAGS:
+            words.append(word)
+            continue
+        if not equals:
+            value = left.pop(0) if left and not FLAG.match(left[0]) else "true"
+        place = objects.setdefault(flag, {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = _value(value)
+    return words + [word for flag, value in objects.items() for word in (flag, json.dumps(value))]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def translate(argv: Sequence[str], table: Collection[ForeignFlag], note: Callable[[str], None]) -> list[str]:
     """Return a command line with the flags of `table` in this server's own words.
 
     note: called with a line for each flag without effect. Raises `ValueError` for a flag that is refused.
     """
-    translated, left = list[str](), list(argv)
+    translated, left = list[str](), with_objects(argv)
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")

@@ -343,6 +343,20 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
             '--override-generation-config {"temperature":0.6}',
             {"preferred_sampling_params": '{"temperature":0.6}'},
         ),
+        (
+            "--default-chat-template-kwargs.enable_thinking false --default_chat_template_kwargs.effort=high",
+            {"default_chat_template_kwargs": '{"enable_thinking": false, "effort": "high"}'},
+        ),
+        (
+            "--hf-overrides.rope_scaling.factor 2 --port 1 --hf-overrides.rope_scaling.rope_type linear",
+            {"port": 1, "json_model_override_args": '{"rope_scaling": {"factor": 2, "rope_type": "linear"}}'},
+        ),
+        ("--attention-backend FLASHINFER --numa-bind --renderer-num-workers 4", {"attention_backend": "flashinfer"}),
+        (
+            "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill breakable --cuda-graph-max-bs-decode 8",
+            {"disable_cuda_graph": True, "cuda_graph_max_bs": 8},
+        ),
+        ("--enable-prefill-cp", None),
         ("--speculative-config.method ngram", None),
         ("--max-lora-rank 8", None),
         ("--enable-lora-bias", None),
