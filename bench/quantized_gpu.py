@@ -28,6 +28,10 @@ from kernels.quantized_few import FEW_CONFIGS, MOST_WARPS, FewConfig, source, to
 from kernels.quantized_format import Format
 from kernels.quantized_many import MANY_CONFIGS, ManyConfig, fitting, most_tokens_of
 from kernels.quantized_many import source as source_of_many
+from kernels.quantized_some import SOME_CONFIGS, SomeConfig, piece_bytes_of
+from kernels.quantized_some import fitting as fitting_some
+from kernels.quantized_some import most_tokens_of as most_some_of
+from kernels.quantized_some import source as source_of_some
 from kernels.timing import graph_us
 from kernels.tuning import Configs, write_table
 from kernels.weights import Part
@@ -50,6 +54,7 @@ FEW = [
 ]  # fmt: skip
 MANY = [(2, 4), (2, 6), (2, 8), (4, 4), (4, 6)]  # warpgroups and stages
 SPLITS = (1, 2, 4, 8)
+SOME = [(8, 4), (4, 6), (4, 4), (2, 6)]  # warps that share columns, and stages
 
 Key = tuple[int, ...]
 
@@ -157,6 +162,16 @@ def configs_of(bench: Bench, index: int) -> tuple[Configs[Any], Key, list[Any]]:
         fits = [c for c in few if c.split * c.warps_k * 64 <= k and not (is_gated and c.tiles % 2)]
         fits = [c for c in fits if c.tiles * max(token_tiles, 1) <= 16]
         return FEW_CONFIGS, (n, k, weight.kind.bits, token_tiles, is_gated), fits
+    if kernel == weight.some:
+        key = n, k, weight.kind.bits, most_some_of(num_tokens), is_gated
+        now = SOME_CONFIGS.get(bench.device, *key)
+        some = [
+            fitting_some(SomeConfig(now.tiles * now.warps_n // warps_n, warps_n, warps_k, stages), weight.kind, key[3])
+            for warps_n in range(1, 9)
+            for warps_k, stages in SOME
+            if now.tiles * now.warps_n % warps_n == 0 and warps_n * warps_k <= 16
+        ]
+        return SOME_CONFIGS, key, list(dict.fromkeys(some))
     most_tokens = most_tokens_of(num_tokens)
     many = [
         fitting(ManyConfig(most_tokens, warpgroups, stages, split), weight.kind, k)
@@ -171,9 +186,12 @@ def compile_all(bench: Bench, spaces: Sequence[tuple[Configs[Any], Key, list[Any
     """Compile all candidates' kernels at once."""
     kind, token_tiles = bench.layers[0][0].kind, token_tiles_of(bench.num_tokens)
     sources: set[tuple[str, str, str]] = set()
-    for configs, _, candidates in spaces:
+    for configs, key, candidates in spaces:
         for config in candidates:
-            if configs is FEW_CONFIGS:
+            if configs is SOME_CONFIGS:
+                text = source_of_some(kind, config, key[3], piece_bytes_of(kind, key[1]))
+                sources.add(("quantized_some", text, ARCHITECTURE))
+            elif configs is FEW_CONFIGS:
                 text = source(kind, token_tiles, config._replace(split=1, blocks=0))
                 sources.add(("quantized_few", text, card_of(bench.device).architecture))
             else:

@@ -1,8 +1,8 @@
 """Weights of few bits on a GPU.
 
-Few tokens take `quantized_few`, more on Hopper `quantized_many`: both decode in registers. Still more take a product of
-8 bits where inputs are rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2
-cache.
+Few tokens take `quantized_few`; on Hopper a few of 4 bits take `quantized_some` and more `quantized_many`: all of them
+decode in registers. Still more take a product of 8 bits where inputs are rounded to them, else cuBLAS with a panel of
+rows at a time dequantized, which stays in the L2 cache.
 """
 
 import functools
@@ -18,13 +18,15 @@ from kernels.quantized_format import TABLES, Coded, ordered, unordered
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
+from kernels.quantized_some import fits_some, multiply_some, prepare_some
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.tuning import WeightShape
 from kernels.weights import Norm, Weight
 
 # Where another kernel takes over, by the time of a layer of Llama-3-8B on an H200. `quantized_few` is the fastest up to
-# FEW_TOKENS; up to FEW_DECODED_TOKENS beside `quantized_many`, which of 8 bits by 8 takes all but single tokens.
+# FEW_TOKENS; up to FEW_DECODED_TOKENS beside `quantized_many`, which of 8 bits by 8 takes all but single tokens, as
+# `quantized_some` does of 4 bits.
 FEW_TOKENS = 16
 FEW_DECODED_TOKENS = 12
 DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing,
@@ -141,6 +143,8 @@ class CudaQuantizedWeight(Weight):
         num_tokens = len(x)
         if not num_tokens or x.dtype != self.dtype or x.dtype.itemsize != 2:
             return None
+        if fits_some(self.kind, self.n, act, num_tokens, x.device):
+            return self.some
         many = self.many if fits_many(self.kind, self.n, act, x.device) else None
         most_few, most_many = self._limits(x.device, has_many=many is not None)
         may_be_few = num_tokens <= most_few and (act is None or self.n % (2 * TILE) == 0)
@@ -162,8 +166,10 @@ class CudaQuantizedWeight(Weight):
             return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
         return MAX_TOKENS, 0
 
-    def few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        self._prepare(x.device)
+    def few(
+        self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, *, act: str | None = None, **options: Any
+    ) -> torch.Tensor:
+        self._prepare(act, x.device)
         x_scale = self.input_scale
         if len(x) == 1 and norm is not None and norm.is_rms:
             options |= {"norm_weight": norm.weight, "eps": norm.eps}
@@ -171,24 +177,40 @@ class CudaQuantizedWeight(Weight):
             x, x_scale = self._rounded(x, norm, self.kind.input_dtype)
         elif norm is not None:
             x = norm(x)
-        return multiply_few(
-            self.kind, x, self.codes, self.parameters, self.scale, self.n, x_scale=x_scale, bias=bias, **options
-        )
+        options |= {"x_scale": x_scale, "bias": bias, "act": act}
+        return multiply_few(self.kind, x, self.codes, self.parameters, self.scale, self.n, **options)
 
-    def many(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        self._prepare(x.device)
+    def some(
+        self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, *, act: str | None = None, **options: Any
+    ) -> torch.Tensor:
+        self._prepare(act, x.device)
+        if self.form.inputs is not None:
+            x, options["x_scale"] = self._rounded(x, norm, self.kind.input_dtype)
+        elif norm is not None:
+            x = norm(x)
+        options |= {"bias": bias, "act": act}
+        return multiply_some(self.kind, x, self.codes, self.parameters, self.scale, self.n, **options)
+
+    def many(
+        self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, *, act: str | None = None, **options: Any
+    ) -> torch.Tensor:
+        self._prepare(act, x.device)
         if self.form.inputs is not None:
             dtype = self.kind.input_dtype if self.kind.is_tiled else self.codes.dtype
             x, options["x_scale"] = self._rounded(x, norm, dtype, is_by_group=has_blocks(self.kind))
         elif norm is not None:
             x = norm(x)
-        return multiply_many(self.kind, x, self.codes, self.parameters, self.scale, self.n, bias=bias, **options)
+        options |= {"bias": bias, "act": act}
+        return multiply_many(self.kind, x, self.codes, self.parameters, self.scale, self.n, **options)
 
-    def _prepare(self, device: torch.device) -> None:
+    def _prepare(self, act: str | None, device: torch.device) -> None:
         """Compile what products may take, at the first one."""
         if self._is_prepared:
             return
-        prepare_few(self.kind, self.n, self.k, device)
+        has_some = fits_some(self.kind, self.n, act, 2, device)
+        prepare_few(self.kind, self.n, self.k, device, 1 if has_some else MAX_TOKENS)
+        if has_some:
+            prepare_some(self.kind, self.n, self.k, act is not None, device)
         if fits_many(self.kind, self.n, None, device):
             prepare_many(self.kind, self.n, self.k, device)
         self._is_prepared = True

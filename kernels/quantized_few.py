@@ -188,11 +188,12 @@ def fits_config(config: FewConfig, kind: Kind, token_tiles: int, k: int, device:
     return has_parts and _fitting(config, kind, token_tiles, k, device) == config
 
 
-def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device) -> None:
-    """Compile all kernels that products with a weight may take, at once."""
+def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device, most_tokens: int = MAX_TOKENS) -> None:
+    """Compile all kernels that products of up to `most_tokens` with a weight may take, at once."""
     configs = {
         (token_tiles, config._replace(split=1, blocks=0))
         for token_tiles in TOKEN_TILES
+        if token_tiles <= token_tiles_of(most_tokens)
         for is_gated in (False, True)
         if (config := few_config(kind, num_rows, k, token_tiles, is_gated, device))
     }

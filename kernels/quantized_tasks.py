@@ -19,6 +19,10 @@ from kernels.quantized_few import FEW_CONFIGS, FewConfig, can_multiply_few, fits
 from kernels.quantized_kernel import Kind
 from kernels.quantized_many import MANY_CONFIGS, ManyConfig, fits_many, fitting
 from kernels.quantized_many import source as source_of_many
+from kernels.quantized_some import SOME_CONFIGS, SomeConfig, fits_some, piece_bytes_of
+from kernels.quantized_some import default_config as even_config
+from kernels.quantized_some import fitting as fitting_some
+from kernels.quantized_some import source as source_of_some
 from kernels.triton_tasks import MIN_LAUNCHES, num_copies
 from kernels.tuning import Task, WeightShape
 from kernels.weights import Part
@@ -50,7 +54,9 @@ def quantized_tasks(shapes: Sequence[WeightShape], device: torch.device) -> list
     tasks = [few_task(shape, 1, ONE_CANDIDATES, device) for shape in found]
     for shape in found:
         assert isinstance(shape.kind, Kind)
-        if fits_many(shape.kind, shape.num_rows, shape.act, device):
+        if fits_some(shape.kind, shape.num_rows, shape.act, TOKENS, device):
+            tasks.append(some_task(shape, device))
+        elif fits_many(shape.kind, shape.num_rows, shape.act, device):
             tasks.append(many_task(shape, device))
         else:
             tasks.append(few_task(shape, TOKENS, FEW_CANDIDATES, device))
@@ -90,6 +96,22 @@ def many_task(shape: WeightShape, device: torch.device) -> Task:
     return Task(MANY_CONFIGS, key, list(dict.fromkeys(configs)), prepare, source_of)
 
 
+def some_task(shape: WeightShape, device: torch.device) -> Task:
+    """Return the task of a product by `quantized_some`."""
+    kind, is_gated = shape.kind, int(shape.act is not None)
+    assert isinstance(kind, Kind)
+    key = (shape.num_rows, shape.k, kind.bits, TOKENS, is_gated)
+    even = even_config(*key)
+    fewer = even._replace(warps_k=even.warps_k // 2)
+    configs = [fitting_some(config, kind, TOKENS) for config in (even, fewer)]
+
+    def source_of(config: SomeConfig) -> tuple[str, str, str]:
+        return "quantized_some", source_of_some(kind, config, TOKENS, piece_bytes_of(kind, shape.k)), ARCHITECTURE
+
+    prepare = functools.partial(_launches, shape, TOKENS, device)
+    return Task(SOME_CONFIGS, key, list(dict.fromkeys(configs)), prepare, source_of)
+
+
 def _launches(shape: WeightShape, num_tokens: int, device: torch.device) -> list[Callable[[Any], object]]:
     """Return launches of products with other weights each."""
     kind = shape.kind
@@ -103,7 +125,7 @@ def _launches(shape: WeightShape, num_tokens: int, device: torch.device) -> list
     norm = _Norm(k, dtype, device) if shape.has_norm and (num_tokens == 1 or kind.form.inputs) else None
 
     def launch(weight: CudaQuantizedWeight, config: Any) -> None:
-        kernel = weight.few if isinstance(config, FewConfig) else weight.many
+        kernel = {FewConfig: weight.few, SomeConfig: weight.some}.get(type(config), weight.many)
         kernel(x, norm, None, act=shape.act, residual=residual, config=config)
 
     launches: list[Callable[[Any], object]] = [functools.partial(launch, weight) for weight in weights]

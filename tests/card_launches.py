@@ -20,6 +20,7 @@ from kernels import (
     quantized_chain,
     quantized_few,
     quantized_many,
+    quantized_some,
     triton_bookkeeping,
     triton_elementwise,
     triton_quantized,
@@ -339,6 +340,7 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
+        yield from some_sources(name, kind, num_rows, k) if card.is_hopper and kind.bits == 4 else ()
     for tiling in fp4_experts.TILINGS.values() if card.is_hopper else ():
         yield f"fp4_experts {tiling}", tiling.source("clamped_swiglu"), ARCHITECTURE, tiling.shared_bytes
     prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
@@ -359,6 +361,16 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
+
+
+def some_sources(name: str, kind: Kind, num_rows: int, k: int) -> Iterator[tuple[str, str, str, int]]:
+    for most_tokens in quantized_some.MOST_TOKENS:
+        for is_gated in (0, 1):
+            config = quantized_some.default_config((1 + 3 * is_gated) * num_rows, k, kind.bits, most_tokens, is_gated)
+            config = quantized_some.fitting(config, kind, most_tokens)
+            text = quantized_some.source(kind, config, most_tokens, quantized_some.piece_bytes_of(kind, k))
+            room = quantized_some.shared_bytes(kind, config, most_tokens)
+            yield f"quantized_some {name} {most_tokens} tokens {config}", text, ARCHITECTURE, room
 
 
 def chain_sources(name: str, kind: Kind, k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:

@@ -18,6 +18,7 @@ from kernels import (
     quantized_chain,
     quantized_few,
     quantized_many,
+    quantized_some,
 )
 from kernels.attention_batch import HeadRotation
 from kernels.launch import Kernel
@@ -70,6 +71,7 @@ def taken_on_hopper() -> list[tuple[ModuleType, bool]]:
         (hopper_prefill, hopper_prefill.can_prefill_shared(empty(9, 16, 192, dtype=BF16), 128, 64)),
         (one_token, one_token.can_attend_one_token(qkv, rotation, k, v, batch_of(1), 32)),
         (quantized_many, quantized_many.fits_many(kind, 64, None, CUDA)),
+        (quantized_some, quantized_some.fits_some(kind, 64, None, 2, CUDA)),
     ]
 
 

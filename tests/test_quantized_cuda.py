@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, triton_quantized
+from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, quantized_some, triton_quantized
 from kernels.card import HOPPER_SHARED_BYTES, Card
 from kernels.hopper import is_available
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
@@ -18,6 +18,7 @@ from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_co
 from kernels.quantized_kernel import Kind
 from kernels.quantized_layout import tile_codes
 from kernels.quantized_many import MOST_TOKENS, ManyConfig
+from kernels.quantized_some import HOPPER_SMS, SomeConfig
 from kernels.triton_quantized import round_inputs
 from kernels.weights import Part
 from tests.cards import CARDS
@@ -236,6 +237,44 @@ def test_a_stage_of_many_tokens_is_what_a_copy_may_be(name: str, shape: tuple[in
             assert num_bytes % 16 == 0 and num_bytes <= 1024
 
 
+SHAPES = [
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (57344, 8192),
+    (8192, 28672),
+    (128256, 4096),
+    (960, 576),
+    (64, 64),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].code == "int4" and "order" not in name])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_stage_of_some_tokens_is_what_a_copy_may_be(name: str, shape: tuple[int, int]) -> None:
+    form, (num_rows, k) = FORMS[name], shape
+    kind = Kind(form, BF16, True, form.group_size, F32)
+    for most_tokens in quantized_some.MOST_TOKENS:
+        for is_gated in (0, 1):
+            config = quantized_some.default_config(num_rows, k, 4, most_tokens, is_gated)
+            config = quantized_some.fitting(config, kind, most_tokens)
+            assert config.stages >= 2 and config.warps_k >= 1
+            assert config.tiles * config.warps_n % (1 + is_gated) == 0
+            assert quantized_some.shared_bytes(kind, config, most_tokens) <= HOPPER_SHARED_BYTES
+            assert quantized_some._box_of_parameters(kind, config) <= 256
+            assert k // 64 * kind.tile_bytes % quantized_some.piece_bytes_of(kind, k) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "is_gated"), [(6144, 0), (28672, 1), (4096, 0), (10240, 0), (57344, 1), (24576, 1)]
+)
+def test_every_multiprocessor_has_the_same_share_of_some_tokens_product(num_rows: int, is_gated: int) -> None:
+    config = quantized_some.default_config(num_rows, 4096, 4, 16, is_gated)
+    num_blocks = -(-num_rows // (16 * config.tiles * config.warps_n))
+    assert num_blocks <= HOPPER_SMS
+    assert num_blocks >= 0.96 * HOPPER_SMS
+
+
 GPU_SIZES = [1, 2, 8, 9, 17, 33, 64]
 
 
@@ -246,6 +285,7 @@ def test_products_of_few_tokens_are_the_definition_s(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = FORMS[name]
+    monkeypatch.setattr(quantized_cuda, "fits_some", lambda *_: False)
     monkeypatch.setattr(CudaQuantizedWeight, "_limits", lambda *_, **__: (MAX_TOKENS, 0))
     for n, k in ((96, 1024), (4096, 2048), (576, 640)):
         weight = make_weight(form, n, k, dtype)
@@ -268,6 +308,7 @@ def test_products_of_few_tokens_are_the_definition_s(
 @pytest.mark.parametrize("name", FORMS)
 def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS[name]
+    monkeypatch.setattr(quantized_cuda, "fits_some", lambda *_: False)
     monkeypatch.setattr(CudaQuantizedWeight, "_limits", lambda *_, **__: (0, 1 << 30))
     for dtype, n, k in ((BF16, 96, 1024), (F16, 4096, 2048), (BF16, 576, 640)):
         weight = make_weight(form, n, k, dtype)
@@ -283,6 +324,49 @@ def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: py
                 given: dict[str, Any] = keywords
                 assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
             assert_near(gpu.logits(x, bias), weight.logits(x, bias), 2e-2 if form.inputs else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].code == "int4"])
+def test_products_of_some_tokens_are_the_definition_s(name: str, dtype: torch.dtype) -> None:
+    form = FORMS[name]
+    for n, k in ((96, 1024), (4096, 2048), (576, 640), (14336, 512)):
+        weight = make_weight(form, n, k, dtype)
+        gpu = packed(weight)
+        if not is_available(gpu.codes.device):
+            pytest.skip("not a Hopper GPU")
+        for num_tokens in (2, 8, 9, 16):
+            x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
+            h = randn(num_tokens, n, dtype=dtype)
+            assert gpu._kernel(x, "silu") == gpu.some
+            eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
+            for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
+                given: dict[str, Any] = keywords
+                assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
+            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 2e-2 if form.inputs else 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [(1, 1, 1, 2), (7, 2, 4, 2), (3, 1, 8, 3), (1, 3, 4, 6), (2, 2, 2, 5), (13, 1, 2, 2)]
+)
+def test_a_configuration_of_some_tokens_changes_the_speed_only(config: tuple[int, ...]) -> None:
+    for name in ("int4 zero", "int4 g128", "int4 minimum", "int4 row", "nvfp4", "int4 x fp8"):
+        weight = make_weight(FORMS[name], 208, 1152, BF16)
+        gpu = packed(weight)
+        if not is_available(gpu.codes.device):
+            pytest.skip("not a Hopper GPU")
+        for num_tokens in (3, 16):
+            x, options = randn(num_tokens, 1152, dtype=BF16), dict[str, Any]()
+            rounded = x
+            if gpu.form.inputs:
+                rounded, options["x_scale"] = gpu._rounded(x, None, gpu.kind.input_dtype)
+            arguments = gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208
+            found = quantized_some.multiply_some(*arguments, config=SomeConfig(*config), **options)
+            assert_near(found, weight.product(x), 2e-2)
+            again = quantized_some.multiply_some(*arguments, config=SomeConfig(*config), **options)
+            assert torch.equal(found, again)
 
 
 @pytest.mark.gpu

@@ -437,14 +437,15 @@ def packed_tasks(card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> 
         card("Test Card 9", limits)
         for module in (quantized_tasks, quantized_few):
             monkeypatch.setattr(module, "card_of", lambda _: limits)
-        monkeypatch.setattr(quantized_tasks, "fits_many", lambda *_: limits.capability >= HOPPER)
+        for fits in ("fits_some", "fits_many"):
+            monkeypatch.setattr(quantized_tasks, fits, lambda *_: limits.capability >= HOPPER)
         quantized_few._fitting.cache_clear()
         return quantized_tasks.quantized_tasks([*PACKED, *SHAPES], device)
 
     return tasks
 
 
-@pytest.mark.parametrize(("capability", "kernel", "bucket"), [(90, "quantized_many", 16), (80, "quantized", 2)])
+@pytest.mark.parametrize(("capability", "kernel", "bucket"), [(90, "quantized_some", 16), (80, "quantized", 2)])
 def test_products_of_few_bits_are_tuned_for_one_token_and_for_16(
     capability: int, kernel: str, bucket: int, packed_tasks: Callable[..., list[Task]]
 ) -> None:
@@ -471,7 +472,7 @@ def test_their_candidates_are_compiled_at_once_and_the_fastest_serves_later_star
     stand_ins = [task._replace(prepare=lambda: [lambda config: config]) for task in tasks]
     options: dict[str, Any] = {"timer": timer, "compiling": contextlib.nullcontext, "clock": lambda: bench.now_s}
     assert tune.tune(stand_ins, 60.0, CARD, **options) == len(tasks)
-    assert {name for name, _, _ in compiled} == {"quantized_few", "quantized_many"}
+    assert {name for name, _, _ in compiled} == {"quantized_few", "quantized_some"}
     assert {source for task in tasks if task.source_of for source in map(task.source_of, task.candidates)} == set(
         compiled
     )
@@ -492,7 +493,7 @@ def test_their_candidates_are_launched_as_layers_multiply(
     monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
     monkeypatch.setattr(CudaQuantizedWeight, "_prepare", lambda *_: None)
     monkeypatch.setattr(quantized_cuda, "multiply_few", note)
-    monkeypatch.setattr(quantized_cuda, "multiply_many", note)
+    monkeypatch.setattr(quantized_cuda, "multiply_some", note)
     wanted: list[tuple[int, str | None, bool, Any]] = []
     for task, (num_tokens, shape) in zip(
         packed_tasks(CARDS[90], CPU),
