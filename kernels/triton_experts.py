@@ -21,9 +21,9 @@ from kernels.tuning import Configs
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts
 GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
 FP4_BLOCK = (4, 512)  # likewise, with more rows for each input that is read, since arithmetic takes longer than memory
-MAX_COMPARED_PAIRS = 1024  # each with each; of more, each expert's are looked for
-COMPARED_ROWS, COMPARED_COLUMNS = 16, 256
-SORT_BLOCK = 1024  # pairs that are looked at together
+MAX_COMPARED_PAIRS = 2048  # each with each; more are counted by chunks, and placed
+COMPARED_ROWS, COMPARED_COLUMNS = 8, 512
+SORT_BLOCK, MAX_CHUNKS, PLACED_EXPERTS = 1024, 64, 4  # pairs that are looked at together, ..., experts of a program
 WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
@@ -103,9 +103,17 @@ def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
             BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, **options,
         )  # fmt: skip
     else:
-        _sort_kernel[(num_experts,)](
-            ids, ends, tile_ends, order, arrival_counters(ids.device, 1), num_pairs, num_experts, block_m,
-            BLOCK=SORT_BLOCK, **options,
+        chunk = max(SORT_BLOCK, next_power_of_2(cdiv(num_pairs, MAX_CHUNKS)))
+        num_chunks = cdiv(num_pairs, chunk)
+        starts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=ids.device)
+        _count_kernel[(num_chunks,)](
+            ids, starts, ends, tile_ends, arrival_counters(ids.device, 1), num_pairs, num_experts, block_m,
+            CHUNK=chunk, BLOCK=SORT_BLOCK, BLOCK_C=MAX_CHUNKS, **options,
+        )  # fmt: skip
+        del options["BLOCK_E"]
+        _place_kernel[(cdiv(num_experts, PLACED_EXPERTS), num_chunks)](
+            ids, starts, order, num_pairs, num_experts,
+            CHUNK=chunk, BLOCK=SORT_BLOCK, GROUP=PLACED_EXPERTS, **options,
         )  # fmt: skip
     return Sorted(order, ends, tile_ends, block_m)
 
@@ -258,38 +266,58 @@ def _compare_kernel(
 
 @fast_launch
 @triton.jit(do_not_specialize=["NUM_PAIRS"])
-def _sort_kernel(
-    ids, ends, tile_ends, order, arrivals, NUM_PAIRS, NUM_EXPERTS, TILE,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+def _count_kernel(
+    ids, starts, ends, tile_ends, arrivals, NUM_PAIRS, NUM_EXPERTS, TILE,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Find the pairs of one expert; the last program to know how many they are counts everyone's tiles."""
+    """Count each expert's pairs of a chunk; the last program finds where each chunk's have places."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    expert = tl.program_id(0)
-    is_before = tl.zeros([BLOCK], tl.int32)
-    is_own = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, NUM_PAIRS, BLOCK):
-        chosen = load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK)
-        is_before += (chosen < expert).to(tl.int32)
-        is_own += (chosen == expert).to(tl.int32)
-    place = tl.sum(is_before, axis=0)
-    tl.store(ends + expert, place + tl.sum(is_own, axis=0))
-    tl.debug_barrier()  # an end is written before its arrival counts
-    is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == NUM_EXPERTS - 1
-    for start in range(0, NUM_PAIRS, BLOCK):
-        is_chosen = load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK) == expert
-        numbers = tl.cumsum(is_chosen.to(tl.int32), axis=0)
-        tl.store(order + place + numbers - 1, start + tl.arange(0, BLOCK), mask=is_chosen)
-        place += tl.max(numbers, axis=0)
-    if is_last:
+    chunk = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    is_expert = e < NUM_EXPERTS
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, CHUNK, BLOCK):
+        chosen = load_chosen(ids, chunk * CHUNK + start, NUM_PAIRS, NUM_EXPERTS, BLOCK)
+        counts += tl.histogram(chosen, BLOCK_E, mask=chosen < NUM_EXPERTS)
+    tl.store(starts + chunk * NUM_EXPERTS + e, counts, mask=is_expert)
+    tl.debug_barrier()  # counts are written before their arrival counts
+    num_chunks = tl.num_programs(0)
+    if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_chunks - 1:
         tl.store(arrivals, 0)
-        e = tl.arange(0, BLOCK_E)
-        is_expert = e < NUM_EXPERTS
-        end = tl.load(ends + e, mask=is_expert, other=0, cache_modifier=".cg")
-        first = tl.load(ends + e - 1, mask=is_expert & (e > 0), other=0, cache_modifier=".cg")
-        num_tiles = tl.where(is_expert, (end - first + TILE - 1) // TILE, 0)
-        tl.store(tile_ends + e, tl.cumsum(num_tiles, axis=0), mask=is_expert)
+        c = tl.arange(0, BLOCK_C)
+        places = starts + c[:, None] * NUM_EXPERTS + e[None, :]
+        is_count = (c < num_chunks)[:, None] & is_expert[None, :]
+        all_counts = tl.load(places, mask=is_count, other=0, cache_modifier=".cg")
+        totals = tl.sum(all_counts, axis=0)
+        own_ends = tl.cumsum(totals, axis=0)
+        tl.store(ends + e, own_ends, mask=is_expert)
+        tl.store(tile_ends + e, tl.cumsum((totals + TILE - 1) // TILE, axis=0), mask=is_expert)
+        tl.store(places, (own_ends - totals)[None, :] + tl.cumsum(all_counts, axis=0) - all_counts, mask=is_count)
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["NUM_PAIRS"])
+def _place_kernel(
+    ids, starts, order, NUM_PAIRS, NUM_EXPERTS,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Put a chunk's pairs of a group of experts where they belong."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    chunk = tl.program_id(1)
+    is_expert = expert < NUM_EXPERTS
+    place = tl.load(starts + chunk * NUM_EXPERTS + expert, mask=is_expert, other=0)
+    for start in range(0, CHUNK, BLOCK):
+        chosen = load_chosen(ids, chunk * CHUNK + start, NUM_PAIRS, NUM_EXPERTS, BLOCK)
+        is_chosen = (chosen[None, :] == expert[:, None]) & is_expert[:, None]
+        numbers = tl.cumsum(is_chosen.to(tl.int32), axis=1)
+        pair = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        tl.store(order + place[:, None] + numbers - 1, pair[None, :] + tl.zeros_like(numbers), mask=is_chosen)
+        place += tl.sum(is_chosen.to(tl.int32), axis=1)
 
 
 @triton.jit

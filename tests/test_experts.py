@@ -591,13 +591,15 @@ def test_inputs_are_put_in_the_order_in_which_threads_decode_words_of_their_weig
 
 @interpreted
 @pytest.mark.parametrize("most_compared", [0, 1024])
-@pytest.mark.parametrize("num_tokens", [1, 37, 150])
+@pytest.mark.parametrize("num_tokens", [1, 37, 150, 450])
 def test_pairs_are_sorted_by_expert_and_others_left_out(
     num_tokens: int, most_compared: int, monkeypatch: pytest.MonkeyPatch
 ):
     from kernels import triton_experts
 
     monkeypatch.setattr(triton_experts, "MAX_COMPARED_PAIRS", most_compared)
+    monkeypatch.setattr(triton_experts, "SORT_BLOCK", 256)
+    monkeypatch.setattr(triton_experts, "MAX_CHUNKS", 2)
     ids = torch.randint(6, (num_tokens, 2), generator=torch.Generator().manual_seed(0))  # 5 stands for other ranks'
     for _ in range(2):  # the second finds what counts arrivals as the first did
         found = triton_experts.sort_pairs(ids, 5, 8)
