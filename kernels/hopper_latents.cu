@@ -101,9 +101,9 @@ __device__ __forceinline__ void multiply_transposed(float (&d)[NUM], u64 a, u64 
                : SUMS
                : "l"(a), "l"(b), "r"((int)add));
 }
-// Store a matrix [8, 8], transposed: the address of lane i < 8 is that of its column i.
-__device__ __forceinline__ void store_transposed(u32 to, u32 pair) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(pair) : "memory");
+// Store two matrices [8, 8], transposed: the address of lane i < 16 is that of column i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_transposed(u32 to, u32 first, u32 second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
 }
 // A matrix [8, 8] of which a lane has 2 numbers of row lane / 4, transposed.
 __device__ __forceinline__ u32 transposed(u32 pair) {
@@ -236,7 +236,11 @@ struct Loader {
   const int* line;  // of the table of slots
   int slots[LOADER_ROWS];
   uint4 bytes[IS_BYTES ? LOADER_ROWS : 1][5];  // of each row, on their way
-  __device__ __forceinline__ Loader(const Args& a, int thread) : a(a), thread(thread), row(thread / 8), chunk(thread % 8) {}
+  __device__ __forceinline__ Loader(const Args& a, int thread) : a(a), thread(thread) {
+    // Bytes are stored as twice as many: what eight threads store at once must be of rows of which one is even, one odd.
+    row = IS_BYTES ? thread / 16 * 2 + thread / 4 % 2 : thread / 8;
+    chunk = IS_BYTES ? thread / 8 % 2 * 4 + thread % 4 : thread % 8;
+  }
   // Past the end they are the last token's, whose values are finite.
   __device__ __forceinline__ void load_slots(int first, int seq_len) {
 #pragma unroll
@@ -498,9 +502,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_latents(const __
       }
 #pragma unroll
       for (int g = 0; g < COLUMNS / 8; g++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-          store_transposed(weights + place(8 * g + lane % 8, 2 * warp + h), product_pair(s[4 * g + 2 * h], s[4 * g + 2 * h + 1]));
+        store_transposed(weights + place(8 * g + lane % 8, 2 * warp + lane / 8 % 2), product_pair(s[4 * g], s[4 * g + 1]),
+                         product_pair(s[4 * g + 2], s[4 * g + 3]));
       show_written();
       sync_multipliers();
 #pragma unroll

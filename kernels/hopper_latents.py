@@ -16,7 +16,7 @@ from kernels.hopper import source as hopper_source
 from kernels.launch import address, cdiv, compile_ahead, next_power_of_2, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import Kernel
-from kernels.triton_decode import MOST_MERGED_LATER, merge_parts
+from kernels.triton_decode import merge_parts
 from kernels.triton_softmax import LOG2_E, Rotated, arrival_counters
 
 RANK, ROPE = 512, 64
@@ -24,6 +24,7 @@ TILE, STAGES = 64, 2
 MULTIPLIERS = 128  # threads
 MAX_GROUP = 32  # heads: more results than a thread has registers for
 MAX_REQUESTS = 1024  # which a block lists in its shared memory
+MOST_MERGED_LATER = 16  # requests: of more, blocks leave few parts each, and merge these themselves
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from kernels.triton_softmax import (
 from kernels.tuning import Configs
 
 MOST_MERGED_LATER = 4  # requests
-MERGED_PARTS, MERGED_COLUMNS = 128, 64  # that a program of `_merge_kernel` holds
+MOST_MERGED_PARTS, MOST_MERGED_COLUMNS, MERGED_VALUES = 256, 128, 8192  # that a program of `_merge_kernel` holds
 
 # Most requests that a configuration is for. A few are made for latency, many to fill the chip.
 DECODE_LIMITS = (4, 16, 1 << 20)
@@ -191,7 +191,9 @@ def merge_parts(
     partial [2 * num_programs, heads of a KV head, rounded up to a power of two, V], as `decode` has it.
     """
     num_requests, (num_heads, v_dim) = batch.num_decodes, out.shape[1:]
-    _merge_kernel[(num_requests * num_heads, cdiv(v_dim, MERGED_COLUMNS))](
+    num_parts = min(next_power_of_2(cdiv(num_programs, num_requests) + 1), MOST_MERGED_PARTS)  # of alike requests
+    num_columns = min(MERGED_VALUES // num_parts, MOST_MERGED_COLUMNS)
+    _merge_kernel[(num_requests * num_heads, cdiv(v_dim, num_columns))](
         out,
         batch.seq_lens,
         partial,
@@ -205,8 +207,8 @@ def merge_parts(
         BLOCK_B=block_requests(num_requests),
         BLOCK_GROUP=partial.shape[1],
         BLOCK_N=block_n,
-        BLOCK_P=MERGED_PARTS,
-        BLOCK_V=MERGED_COLUMNS,
+        BLOCK_P=num_parts,
+        BLOCK_V=num_columns,
         **launch_options(out.device, num_warps=4),
     )
 
