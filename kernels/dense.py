@@ -22,6 +22,7 @@ from kernels.widened import WidenedWeight, can_widen
 SMALL_WEIGHT = 8 << 20  # elements
 GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
 SKINNY_MAX_TOKENS = 32
+ROUTER_WEIGHT, ROUTER_MAX_TOKENS = 1 << 18, 256  # elements of the weight whose logits are `triton_skinny`'s up to here
 # Of inputs: oneDNN sums more of one row in another order than of several. A second row costs a few microseconds, and
 # keeps greedy answers the same whatever runs beside them.
 ONEDNN_ONE_CHAIN = 1024
@@ -75,7 +76,8 @@ class DenseWeight(Weight):
             return self.product(x, bias=bias)
         if x.is_cpu:
             return settle_ties(self.product(x, bias=bias).float(), x, self.data, bias)
-        if kernel := _kernel_for_few(x, self.data):
+        max_tokens = ROUTER_MAX_TOKENS if self.data.numel() <= ROUTER_WEIGHT else None
+        if kernel := _kernel_for_few(x, self.data, max_tokens):
             return kernel(x, self.data, bias, out_dtype=torch.float32)
         sums = torch.mm(x, self.data.t(), out_dtype=torch.float32)
         return sums if bias is None else sums.add_(bias)
@@ -217,7 +219,9 @@ def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.is_cuda and 0 < x.shape[0] <= max_tokens and x.is_contiguous() and weight.is_contiguous()
 
 
-def _kernel_for_few(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+def _kernel_for_few(
+    x: torch.Tensor, weight: torch.Tensor, max_tokens: int | None = None
+) -> Callable[..., torch.Tensor] | None:
     """Return `gemv` or `skinny_gemm`, if x [T, K] has so few tokens that it is the fastest."""
     if not x.is_cuda:
         return None
@@ -225,7 +229,7 @@ def _kernel_for_few(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torc
         from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
 
         return gemv
-    if not 0 < x.shape[0] <= SKINNY_MAX_TOKENS:
+    if not 0 < x.shape[0] <= (SKINNY_MAX_TOKENS if max_tokens is None else max_tokens):
         return None
     from kernels.triton_skinny import fits_skinny, skinny_gemm
 

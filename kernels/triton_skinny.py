@@ -18,6 +18,7 @@ from kernels.triton_gemm import rows_of_program
 from kernels.tuning import Configs
 
 MIN_BLOCK_T = 16  # rows of a tensor core's matrix
+MOST_TOGETHER, MOST_TOKENS = 32, 256  # tokens that a program takes; that programs of 16 share out, of small weights
 MIN_BLOCK_K = 64
 PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
 
@@ -44,7 +45,7 @@ def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
     return SkinnyConfig(16, 2 * MIN_BLOCK_K, num_warps, 3)
 
 
-# By (weight rows, K, most tokens: 16 or 32).
+# By (weight rows, K, most tokens: 16, 32, or 256).
 SKINNY_CONFIGS = Configs("skinny", SkinnyConfig, lambda _num_rows, k, block_t: default_skinny_config(k, block_t))
 
 
@@ -63,7 +64,9 @@ def skinny_gemm(
     out_dtype: torch.dtype | None = None,
     config: SkinnyConfig | None = None,
 ) -> torch.Tensor:
-    """Return x @ weight.T + bias [T, N] of up to 32 tokens x [T, K] and weight [N, K], all contiguous.
+    """Return x @ weight.T + bias [T, N] of up to 256 tokens x [T, K] and weight [N, K], all contiguous.
+
+    More than 32 are shared out by 16 to programs that read the weight again: for small ones, as routers have.
 
     act: the weight is [2N, K], gate and up, and the result is act(gate) * up. residual [T, N]: the product is added to
     it, in place, and it is returned. out_dtype: what a result that is not a sum is rounded to, x's own by default.
@@ -72,11 +75,13 @@ def skinny_gemm(
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows
-    block_t = max(MIN_BLOCK_T, next_power_of_2(num_tokens))
-    config = config or SKINNY_CONFIGS.get(x.device, num_rows, k, block_t)
+    most = block_t = max(MIN_BLOCK_T, next_power_of_2(num_tokens))
+    if num_tokens > MOST_TOGETHER:
+        most, block_t = MOST_TOKENS, MIN_BLOCK_T
+    config = config or SKINNY_CONFIGS.get(x.device, num_rows, k, most)
     assert k % (config.block_k * config.num_warps) == 0, f"K is {k}, which is no multiple of a program's {config}"
     out = torch.empty(num_tokens, n, dtype=out_dtype or x.dtype, device=x.device) if residual is None else residual
-    _skinny_kernel[(cdiv(n, config.block_n),)](
+    _skinny_kernel[(cdiv(n, config.block_n), cdiv(num_tokens, block_t))](
         x,
         weight,
         bias,
@@ -128,7 +133,7 @@ def _skinny_kernel(
         tl.extra.cuda.gdc_wait()
 
     # Of a batch of matrices tl.dot gives each warp one: so they share K, which they take turns with.
-    t = tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, NUM_WARPS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     is_token = t < num_tokens
     x_pointers = x + t[None, :, None] * K + k[:, None, :]

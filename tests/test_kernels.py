@@ -343,7 +343,7 @@ def test_a_gemv_configuration_changes_the_speed_only(config: tuple[int, int, int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_tokens", "n", "k"), [(2, 24, 256), (5, 13, 384), (16, 16, 512), (17, 37, 256), (32, 8, 128)]
+    ("num_tokens", "n", "k"), [(2, 24, 256), (5, 13, 384), (16, 16, 512), (17, 37, 256), (32, 8, 128), (50, 24, 256)]
 )
 def test_the_skinny_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int, dtype: torch.dtype) -> None:
     x, h = randn(num_tokens, k, dtype=dtype), randn(num_tokens, n, dtype=dtype)
@@ -374,7 +374,7 @@ def test_a_skinny_configuration_changes_the_speed_only(config: tuple[int, ...]) 
     assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
 
 
-@pytest.mark.parametrize("block_t", [16, 32])
+@pytest.mark.parametrize("block_t", [16, 32, 256])
 def test_every_width_that_the_skinny_kernel_takes_has_a_configuration_that_divides_it(block_t: int) -> None:
     for k in filter(triton_skinny.fits_skinny, range(64, 8192, 64)):
         config = triton_skinny.default_skinny_config(k, block_t)
