@@ -218,9 +218,10 @@ async def test_reasoning_stays_in_the_text_if_asked(client: Client, engine: Fake
     assert message == {"role": "assistant", "content": "<think>Hm</think>Two"}
 
 
-async def test_a_thinking_budget_is_given_to_the_engine(client: Client, engine: FakeEngine) -> None:
+@pytest.mark.parametrize("field", ["max_thinking_tokens", "thinking_token_budget"])
+async def test_a_thinking_budget_is_given_to_the_engine(client: Client, engine: FakeEngine, field: str) -> None:
     engine.answer = "Hm</think>Two"
-    message = (await ask(client, max_thinking_tokens=7))["choices"][0]["message"]
+    message = (await ask(client, **{field: 7}))["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("Hm", "Two")
     (request,) = engine.requests
     assert (request.max_thinking_tokens, bytes(request.reasoning_end_ids)) == (7, b"</think>")
@@ -229,8 +230,9 @@ async def test_a_thinking_budget_is_given_to_the_engine(client: Client, engine: 
 
 async def test_a_budget_without_known_marks_is_refused(engine: FakeEngine) -> None:
     async with serving(engine) as client:
-        response = await client.post("/v1/chat/completions", json={"messages": USER, "max_thinking_tokens": 5})
-        assert (response.status, (await response.json())["error"]["param"]) == (400, "max_thinking_tokens")
+        for field in ("max_thinking_tokens", "thinking_token_budget"):
+            response = await client.post("/v1/chat/completions", json={"messages": USER, field: 5})
+            assert (response.status, (await response.json())["error"]["param"]) == (400, field)
 
 
 async def test_a_prompt_that_ends_the_reasoning_has_none(client: Client, engine: FakeEngine) -> None:

@@ -36,7 +36,7 @@ from server.reading.grammars import IN_FORMAT, names_of_constraint
 from server.reading.named_template import load_chat_template
 from server.reading.openai_body import ChatFields, ChatRequest
 from server.reading.prompts import check_n, check_prompt_ids
-from server.reading.protocol import JSON, Owner
+from server.reading.protocol import JSON, Owner, spelled
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.template_variables import template_variables
 from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
@@ -140,6 +140,10 @@ class Chats:
 
     async def turn(self, body: ChatRequest, caller: Owner) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong. caller: owns the files it names."""
+        if (budget := body.thinking_token_budget) is not None:  # vLLM's name
+            body.max_thinking_tokens, body.thinking_token_budget = budget, None
+            with spelled({"max_thinking_tokens": "thinking_token_budget"}):
+                return await self.turn(body, caller)
         choice = read_tool_choice(body)
         prompt = await self.rendered(body, caller, choice)
         reasoning = self._reasoning(body, prompt.text)

@@ -19,7 +19,7 @@ UNSUPPORTED = (
     "bootstrap_room", "return_routed_experts", "return_sampling_mask",
     "return_prompt_token_ids", "sampling_logprobs_mode",
     "use_beam_search", "allowed_token_ids", "bad_words", "logits_processors", "logprob_token_ids", "vllm_xargs",
-    "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template", "thinking_token_budget",
+    "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template",
     "kv_transfer_params", "repetition_detection", "guided_whitespace_pattern", "media_io_kwargs",
 )  # fmt: skip
 
@@ -256,7 +256,7 @@ class OpenAIFields(
     prompt_logprobs: Annotated[Any, Meta(description="not supported")] = None
 
 
-class CompletionRequest(OpenAIFields, kw_only=True):
+class CompletionRequest(OpenAIFields, unsupported=("thinking_token_budget",), kw_only=True):
     prompt: Prompts
     suffix: str = ""
     echo: bool = False
@@ -282,6 +282,7 @@ class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_token
     parallel_tool_calls: bool = True
     reasoning_effort: Effort | None = None
     max_thinking_tokens: Annotated[Count, Meta(description="of reasoning, which is ended after so many")] | None = None
+    thinking_token_budget: Annotated[Count, Meta(description="as max_thinking_tokens")] | None = None
     include_reasoning: Annotated[bool, Meta(description="false: reasoning is left out")] = True
     separate_reasoning: Annotated[bool, Meta(description="reasoning in `reasoning_content`")] = True
     stream_reasoning: Annotated[bool, Meta(description="as it comes, not when it has ended")] = True
