@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -227,6 +227,11 @@ def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> fl
     return graph_us([step]) / num_layers
 
 
+def no_few_gemm() -> Any:
+    """Leave products of a few tokens to other kernels than `few_gemm`."""
+    return mock.patch.object(dense, "can_few_gemm", lambda *_: False)
+
+
 def run_skinny(
     product: Product, inputs: Inputs, weight: torch.Tensor, config: SkinnyConfig | None = None
 ) -> torch.Tensor:
@@ -321,7 +326,8 @@ def main() -> None:
         found: dict[Key, Fields] = {}
         for model, products in MODELS.items():
             print(f"# {model}")
-            found |= find_skinny_configs(products, num_layers_of(products))
+            with no_few_gemm():
+                found |= find_skinny_configs(products, num_layers_of(products))
         publish({"skinny": found}, args.write)
         return
     start = time.perf_counter()
@@ -385,7 +391,7 @@ def print_layer_times(deadline: float) -> None:
             ours = time_layers(products[:4], num_tokens, num_layers)
             no_gated_gemm = mock.patch.object(dense, "can_gated_gemm", lambda x, weight, act: False)
             no_kernels = mock.patch.multiple(dense, _is_gemv=lambda x, weight: False, SKINNY_MAX_TOKENS=0)
-            with no_kernels, no_gated_gemm:
+            with no_kernels, no_gated_gemm, no_few_gemm():
                 cublas = time_layers(products[:4], num_tokens, num_layers)
             rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)
             print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{share:7.0%}{cublas:9.1f}", flush=True)

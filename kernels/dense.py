@@ -1,8 +1,8 @@
 """Weights of plain floating-point numbers.
 
-On a GPU one token takes `triton_gemm`, a few take `triton_skinny`, more cuBLAS, or `gated_gemm` for gate and up; a CPU
-takes torch, oneDNN where the weight can lie in its blocked layout, or, where it has no units for 16 bits, the compiled
-products of `products_cpu` or `widened`.
+On a GPU one token takes `triton_gemm`, a few take `few_gemm` or `triton_skinny`, more cuBLAS, or `gated_gemm` for gate
+and up; a CPU takes torch, oneDNN where the weight can lie in its blocked layout, or, where it has no units for 16 bits,
+the compiled products of `products_cpu` or `widened`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul, embed
-from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.few_gemm import can_few_gemm, few_gemm
+from kernels.few_gemm import most_columns as most_columns_of_few
+from kernels.gated_gemm import can_gated_gemm, gated_gemm, most_columns
+from kernels.launch import num_sms
 from kernels.products_cpu import kernels_ahead, pack_numbers
 from kernels.ties import settle_ties
 from kernels.tuning import WeightShape
@@ -20,6 +23,7 @@ from kernels.weights import WHOLE, Norm, PackedWeight, Part, Shard, Weight, matc
 from kernels.widened import WidenedWeight, can_widen
 
 SMALL_WEIGHT = 8 << 20  # elements
+LARGE_GATED = 64 << 20  # elements of gate and up, from which `gated_gemm` is faster than `few_gemm` with equal tiles
 GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
 SKINNY_MAX_TOKENS = 32
 ROUTER_WEIGHT, ROUTER_MAX_TOKENS = 1 << 18, 256  # elements of the weight whose logits are `triton_skinny`'s up to here
@@ -65,7 +69,7 @@ class DenseWeight(Weight):
         if act is not None:
             result = _gated(x, weight, bias, act, out)
             return result if residual is None else residual + result
-        kernel = _kernel_for_few(x, weight)
+        kernel = _kernel_for_few(x, weight, residual=residual)
         if residual is not None:
             return _added(x, weight, bias, residual, may_overwrite, kernel)
         result = kernel(x, weight, bias) if kernel else F.linear(x, weight, bias)
@@ -77,7 +81,7 @@ class DenseWeight(Weight):
         if x.is_cpu:
             return settle_ties(self.product(x, bias=bias).float(), x, self.data, bias)
         max_tokens = ROUTER_MAX_TOKENS if self.data.numel() <= ROUTER_WEIGHT else None
-        if kernel := _kernel_for_few(x, self.data, max_tokens):
+        if kernel := _kernel_for_few(x, self.data, max_tokens=max_tokens):
             return kernel(x, self.data, bias, out_dtype=torch.float32)
         sums = torch.mm(x, self.data.t(), out_dtype=torch.float32)
         return sums if bias is None else sums.add_(bias)
@@ -102,8 +106,9 @@ class DenseWeight(Weight):
 
     def tuning_shape(self, **fused: Any) -> WeightShape:
         act, is_large = fused.get("act"), self.data.numel() > SMALL_WEIGHT
-        has_gated_gemm = act is not None and is_large and can_gated_gemm(self.data[:1], self.data, act)
-        return WeightShape(self.n, self.k, max_tokens=1 if has_gated_gemm else SKINNY_MAX_TOKENS, **fused)
+        has_other = can_few_gemm(self.data[:2], self.data, act)
+        has_other |= act is not None and is_large and can_gated_gemm(self.data[:1], self.data, act)
+        return WeightShape(self.n, self.k, max_tokens=1 if has_other else SKINNY_MAX_TOKENS, **fused)
 
     def materialize(self, device: torch.device) -> None:
         super().materialize(device)
@@ -183,7 +188,9 @@ def _gated(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return act(gate) * up of [gate, up] = x W^T + bias, in `out` if given."""
-    kernel = _kernel_for_few(x, weight)
+    kernel = _kernel_for_few(x, weight, act)
+    if kernel is few_gemm and not _gated_gemm_is_faster(x, weight, bias, act):
+        return few_gemm(x, weight, bias, act=act, out=out)
     fused = kernel if out is None else None
     # For several tokens of a large weight `gated_gemm` is as near to the limit.
     is_few = fused is not None and (len(x) == 1 or weight.numel() <= SMALL_WEIGHT)
@@ -193,6 +200,15 @@ def _gated(
         return fused(x, weight, bias, act=act)
     gated = act_and_mul(kernel(x, weight, bias) if kernel else F.linear(x, weight, bias), act)
     return gated if out is None else out.copy_(gated)
+
+
+def _gated_gemm_is_faster(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str) -> bool:
+    """Return whether `gated_gemm` is faster than `few_gemm`, which takes these: no tile of it is larger."""
+    if bias is not None or weight.numel() < LARGE_GATED or not can_gated_gemm(x, weight, act):
+        return False
+    n, sms = weight.shape[0] // 2, num_sms(x.device)
+    columns = most_columns(1, n, sms)
+    return columns is not None and columns <= most_columns_of_few(n, weight.shape[1], sms)
 
 
 def _added(
@@ -220,15 +236,21 @@ def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _kernel_for_few(
-    x: torch.Tensor, weight: torch.Tensor, max_tokens: int | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    act: str | None = None,
+    residual: torch.Tensor | None = None,
+    max_tokens: int | None = None,
 ) -> Callable[..., torch.Tensor] | None:
-    """Return `gemv` or `skinny_gemm`, if x [T, K] has so few tokens that it is the fastest."""
+    """Return `gemv`, `few_gemm` or `skinny_gemm`, if x [T, K] has so few tokens that it is the fastest."""
     if not x.is_cuda:
         return None
     if _is_gemv(x, weight):
         from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
 
         return gemv
+    if can_few_gemm(x, weight, act, residual):
+        return few_gemm
     if not 0 < x.shape[0] <= (SKINNY_MAX_TOKENS if max_tokens is None else max_tokens):
         return None
     from kernels.triton_skinny import fits_skinny, skinny_gemm

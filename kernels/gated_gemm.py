@@ -66,6 +66,13 @@ def choose_tile(num_row_tiles: int, n: int, num_sms: int) -> Tile | None:
     return min(tiles, key=cost, default=None)
 
 
+@functools.cache
+def most_columns(num_row_tiles: int, n: int, num_sms: int) -> int | None:
+    """Return how many of a result's `n` columns the busiest multiprocessor computes; None if no tile divides them."""
+    tile = choose_tile(num_row_tiles, n, num_sms)
+    return tile and cdiv(tile.num_pairs(num_row_tiles, n), num_sms // 2) * tile.columns
+
+
 def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
     """Return whether `gated_gemm` takes these: a Hopper GPU, 16-bit floats, contiguous, K a multiple of 64, N of 64."""
     return (

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kernels import (
+    few_gemm,
     fp4_experts,
     gated_gemm,
     hopper_latents,
@@ -358,6 +359,7 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             plain = one_token.Variant(head_dim, group, head_dim // 2, wide)
             for form in (plain, plain._replace(window=1, has_softcap=True, has_map=True, sink_dtype=wide)):
                 yield f"one_token {form}", one_token.source(form), ARCHITECTURE, form.shared_bytes
+    yield from few_sources(card) if card.is_hopper else ()
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
@@ -371,6 +373,14 @@ def some_sources(name: str, kind: Kind, num_rows: int, k: int) -> Iterator[tuple
             text = quantized_some.source(kind, config, most_tokens, quantized_some.piece_bytes_of(kind, k))
             room = quantized_some.shared_bytes(kind, config, most_tokens)
             yield f"quantized_some {name} {most_tokens} tokens {config}", text, ARCHITECTURE, room
+
+
+def few_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
+    for tokens in few_gemm.TOKENS:
+        for num_rows, k, act, _ in PRODUCTS:
+            few = few_gemm.few_config(num_rows // 2 if act else num_rows, k, tokens, act is not None, card.num_sms)
+            text = few_gemm.source(torch.bfloat16, act, tokens, few)
+            yield f"few_gemm {tokens} {few}", text, ARCHITECTURE, few_gemm.shared_bytes(tokens, few, act is not None)
 
 
 def chain_sources(name: str, kind: Kind, k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:

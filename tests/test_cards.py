@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels import (
+    few_gemm,
     fp4_experts,
     gated_gemm,
     hopper,
@@ -64,6 +65,7 @@ def taken_on_hopper() -> list[tuple[ModuleType, bool]]:
     codes = Codes(empty(64, 16, dtype=torch.int32), 128, "fp4", scales, group_size=32)
     kind = Kind(Format("int4", 128, scale_dtype=BF16), BF16, True, 128, BF16)
     return [
+        (few_gemm, few_gemm.can_few_gemm(empty(9, 128, dtype=BF16), empty(1024, 128, dtype=BF16))),
         (fp4_experts, fp4_experts.can_multiply(codes, BF16)),
         (gated_gemm, gated_gemm.can_gated_gemm(empty(9, 128, dtype=BF16), empty(1024, 128, dtype=BF16), "silu")),
         (hopper_latents, hopper_latents.can_decode(latents[:9, :, :512], rotated, latents[:, :1], batch_of(9))),
