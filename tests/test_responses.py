@@ -50,6 +50,33 @@ async def events(client: Client, **body: Any) -> list[Any]:
     return found
 
 
+# ---- reasoning, as chats have it ----
+
+
+async def test_template_variables_and_a_thinking_budget_are_as_in_chats(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.answer = "Hm</think>Two"
+    seen: list[Any] = []
+    render_chat = engine.tokenizer.render_chat
+
+    def render(messages: Any, **variables: Any) -> str:
+        seen.append(variables.pop("enable_thinking", None))
+        return render_chat(messages, **variables)
+
+    async with serving(engine, **PARSERS) as client:
+        monkeypatch.setattr(engine.tokenizer, "render_chat", render)
+        for path, body in (
+            ("/v1/responses", {"input": "Hi", "thinking_token_budget": 7}),
+            ("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}),
+        ):
+            body["chat_template_kwargs"] = {"enable_thinking": "perhaps"}
+            response = await client.post(path, json=body)
+            assert response.status == 200, await response.text()
+    assert seen == ["perhaps", "perhaps"]
+    assert engine.requests[0].max_thinking_tokens == 7
+
+
 # ---- log-probabilities ----
 
 LOGPROBS: Any = ["message.output_text.logprobs"]
@@ -561,6 +588,9 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         ("truncation", {"truncation": "some"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "x"}}),
+        ("continue_final_message", {"continue_final_message": True}),
+        ("input_ids", {"input_ids": [1]}),
+        ("max_thinking_tokens", {"max_thinking_tokens": -1}),
         ("text.verbosity", {"text": {"verbosity": "huge"}}),
         ("n", {"n": 2}),
     ],

@@ -85,7 +85,9 @@ def chat_body(
     if format_ is not None:
         described = {"name": "answer", "schema": format_.schema}
         chat["response_format"] = {"type": "json_schema", "json_schema": described}
-    return chat | _read_thinking(body.thinking)
+    chat |= _read_thinking(body.thinking)
+    chat["chat_template_kwargs"] |= body.chat_template_kwargs
+    return chat
 
 
 def _read_tool_choice(choice: MessagesToolChoice) -> JSON:

@@ -195,6 +195,7 @@ class CountTokensRequest(PrefixFields, unsupported=("n",), kw_only=True):
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_OBJECTS)] = []
     tool_choice: MessagesToolChoice | None = None
     thinking: ThinkingConfig | None = None
+    chat_template_kwargs: JSON = {}
     output_config: OutputConfig | None = None
     output_format: Annotated[OutputFormat, Meta(description="an older name of output_config.format")] | None = None
     context_management: Hint | None = None

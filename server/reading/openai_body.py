@@ -52,7 +52,10 @@ EXTRAS = {
     theirs: ours for theirs, ours in (SAMPLING_FIELDS | OWN_CONSTRAINTS | GUIDED).items() if theirs not in ("n", "stop")
 }
 # Fields of a chat that such an API spells otherwise: better refused than ignored.
-OF_CHATS = ("response_format", "reasoning_effort", "max_completion_tokens", "logprobs")
+OF_CHATS = (
+    "response_format", "reasoning_effort", "max_completion_tokens", "logprobs", "input_ids", "continue_final_message",
+    "add_generation_prompt",
+)  # fmt: skip
 
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Effort = Annotated[

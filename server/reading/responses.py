@@ -41,7 +41,10 @@ from server.reading.responses_body import (
 )
 from server.reading.responses_tools import KNOWN_TOOLS, Tools, function_name, read_choice
 
-SAME_NAMES = (*EXTRAS, "stop", "structured_outputs", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
+SAME_NAMES = (
+    *EXTRAS, "stop", "structured_outputs", "stream", "parallel_tool_calls", "chat_template_kwargs",
+    "max_thinking_tokens", "thinking_token_budget", *REQUEST_FIELDS,
+)  # fmt: skip
 LOGPROBS = "message.output_text.logprobs"
 FORMAT_FIELDS = ("name", "description", "schema", "strict")
 

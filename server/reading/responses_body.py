@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
-from engine.declared import MAX_INT, Object, tagged
+from engine.declared import MAX_INT, Count, Object, tagged
 from engine.request import SamplingFields
 from server.reading.openai_body import EXTRAS, OF_CHATS, Effort, StructuredOutputs, TopLogprobs
 from server.reading.protocol import JSON
@@ -252,6 +252,9 @@ class ResponsesRequest(
     parallel_tool_calls: bool = True
     reasoning: Annotated[JSON, described(ReasoningConfig)] = {}
     text: Annotated[JSON, described(TextConfig)] = {}
+    chat_template_kwargs: JSON = {}
+    max_thinking_tokens: Annotated[Count, Meta(description="of reasoning, which is ended after so many")] | None = None
+    thinking_token_budget: Annotated[Count, Meta(description="as max_thinking_tokens")] | None = None
     include: list[str] = []
     top_logprobs: TopLogprobs | None = None
     truncation: Annotated[Literal["disabled", "auto"], Meta(description="nothing is cut, whichever it says")] = (
