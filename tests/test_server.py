@@ -586,7 +586,7 @@ async def test_a_connection_serves_another_request_after_a_stream(client: Client
     body = b'{"text": "a", "stream": true}'
     for _ in range(2):
         writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        answer = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 60)
         assert b"[DONE]" in answer
     writer.close()
 
