@@ -18,6 +18,7 @@ from kernels.quantized_format import TABLES, Coded, ordered, unordered
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
+from kernels.quantized_some import MOST_TOKENS as SOME_TOKENS
 from kernels.quantized_some import fits_some, multiply_some, prepare_some
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
@@ -207,12 +208,13 @@ class CudaQuantizedWeight(Weight):
         """Compile what products may take, at the first one."""
         if self._is_prepared:
             return
-        has_some = fits_some(self.kind, self.n, act, 2, device)
-        prepare_few(self.kind, self.n, self.k, device, 1 if has_some else MAX_TOKENS)
-        if has_some:
+        most_few, least_many = MAX_TOKENS, 1
+        if fits_some(self.kind, self.n, act, SOME_TOKENS[-1], device):
             prepare_some(self.kind, self.n, self.k, act is not None, device)
+            most_few, least_many = 1, SOME_TOKENS[-1] + 1
+        prepare_few(self.kind, self.n, self.k, device, most_few)
         if fits_many(self.kind, self.n, None, device):
-            prepare_many(self.kind, self.n, self.k, device)
+            prepare_many(self.kind, self.n, self.k, device, least_many)
         self._is_prepared = True
 
     def _many(

@@ -162,11 +162,12 @@ def _box_bytes(kind: Kind) -> tuple[int, int]:
     return kind.tile_bytes, kind.groups_of_tile * 8 * kind.parameter_bytes
 
 
-def prepare_many(kind: Kind, num_rows: int, k: int, device: torch.device) -> None:
-    """Compile all kernels that products with a weight may take, at once."""
+def prepare_many(kind: Kind, num_rows: int, k: int, device: torch.device, least_tokens: int = 1) -> None:
+    """Compile all kernels that products of `least_tokens` or more with a weight may take, at once."""
     configs = {
         fitting(MANY_CONFIGS.get(device, num_rows, k, kind.bits, tokens, is_gated), kind, k)._replace(split=1)
         for tokens in MOST_TOKENS
+        if tokens >= least_tokens
         for is_gated in (0, 1)
     }
     new = [config for config in configs if (kind, config) not in _prepared]

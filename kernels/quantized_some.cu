@@ -1,4 +1,4 @@
-// out = residual + act(x W^T + bias) of 2 to 16 tokens x [T, K] and a weight of 4 bits in tiles, on Hopper.
+// out = residual + act(x W^T + bias) of 2 to 32 tokens x [T, K] and a weight of 4 bits in tiles, on Hopper.
 //
 // What so few tokens cost beyond reading the codes is instructions, so as few as possible meet a code: it is decoded to the
 // integer that it is, exactly, and scales meet the sums of a group's columns.
@@ -10,7 +10,7 @@
 // Two warps fill a ring of stages by the tensor memory accelerator: one with codes, scales and offsets, before the kernel
 // ahead has ended, one with inputs, once they have been written.
 //
-// quantized_some.py puts in front, besides what quantized_few.cu has, hopper.cu and: TOKENS (8 or 16), TILES of a warp,
+// quantized_some.py puts in front, besides what quantized_few.cu has, hopper.cu and: TOKENS (8, 16 or 32), TILES of a warp,
 // WARPS_N, WARPS_K, STAGES, and PIECE_BYTES of a tile's codes that are a row of the copy's box.
 
 constexpr int WARPS = WARPS_N * WARPS_K, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 64;

@@ -1,4 +1,4 @@
-"""Products of a weight of 4 bits and 2 to 16 tokens, on Hopper: a decode step of several streams.
+"""Products of a weight of 4 bits and 2 to 32 tokens, on Hopper: a decode step of several streams.
 
 `quantized_some.cu` says how.
 """
@@ -16,9 +16,10 @@ from kernels.quantized_kernel import ACTS, Args, Kernel, Kind, source_of
 from kernels.quantized_layout import CHUNK, TILE
 from kernels.tuning import Configs
 
-MOST_TOKENS = (8, 16)  # of a kernel
-MOST_TILES = 7  # of a warp, whose sums are in registers
-WARPS_K = {1: 8, 2: 4, 3: 2, 4: 2}  # by warps_n
+MOST_TOKENS = (8, 16, 32)  # of a kernel
+MOST_TILES = {8: 7, 16: 7, 32: 3}  # of a warp, whose sums are in registers, by most tokens
+MOST_WARPS = {8: 8, 16: 8, 32: 4}  # that share a stage's columns
+WARPS_N = {8: (1, 2, 3, 4), 16: (1, 2, 3, 4), 32: (1, 2, 3, 4, 6, 7, 8)}
 MOST_STAGES = 4
 MOST_BOX = 256  # numbers along an edge of what a copy takes
 HOPPER_SMS = 132
@@ -33,15 +34,16 @@ class SomeConfig(NamedTuple):
     stages: int
 
 
-def default_config(num_rows: int, _k: int, _bits: int, _most_tokens: int, is_gated: int) -> SomeConfig:
+def default_config(num_rows: int, _k: int, _bits: int, most_tokens: int, is_gated: int) -> SomeConfig:
     """Return the configuration that gives each multiprocessor of a card like the H200 as many tiles as any other."""
-    halves = 2 if is_gated else 1
+    halves, most_tiles, choices = 2 if is_gated else 1, MOST_TILES[most_tokens], WARPS_N[most_tokens]
     share = cdiv(cdiv(num_rows, TILE * halves), HOPPER_SMS) * halves
-    share = cdiv(share, cdiv(share, MOST_TILES * max(WARPS_K)))  # in several turns, if warps cannot take it at once
-    fits = [(cdiv(share, warps_n), warps_n) for warps_n in WARPS_K if share <= MOST_TILES * warps_n]
-    even = [(tiles + (halves > 1 and tiles * warps_n % 2), warps_n) for tiles, warps_n in fits]
+    share = cdiv(share, cdiv(share, most_tiles * choices[-1]))  # in several turns, if warps cannot take it at once
+    share += share % halves
+    fits = [(cdiv(share, warps_n), warps_n) for warps_n in choices if share <= most_tiles * warps_n]
+    even = [(tiles, warps_n) for tiles, warps_n in fits if tiles * warps_n % halves == 0]
     tiles, warps_n = min(even, key=lambda each: (each[0] * each[1], each[1]))
-    return SomeConfig(tiles, warps_n, WARPS_K[warps_n], MOST_STAGES)
+    return SomeConfig(tiles, warps_n, max(1, MOST_WARPS[most_tokens] // warps_n), MOST_STAGES)
 
 
 SOME_CONFIGS = Configs("quantized_some", SomeConfig, default_config)  # by (rows, K, bits, most tokens, is gated)

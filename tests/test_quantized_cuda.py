@@ -336,7 +336,7 @@ def test_products_of_some_tokens_are_the_definition_s(name: str, dtype: torch.dt
         gpu = packed(weight)
         if not is_available(gpu.codes.device):
             pytest.skip("not a Hopper GPU")
-        for num_tokens in (2, 8, 9, 16):
+        for num_tokens in (2, 8, 9, 16, 32):
             x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
             h = randn(num_tokens, n, dtype=dtype)
             assert gpu._kernel(x, "silu") == gpu.some
@@ -357,7 +357,7 @@ def test_a_configuration_of_some_tokens_changes_the_speed_only(config: tuple[int
         gpu = packed(weight)
         if not is_available(gpu.codes.device):
             pytest.skip("not a Hopper GPU")
-        for num_tokens in (3, 16):
+        for num_tokens in (3, 16, 17):
             x, options = randn(num_tokens, 1152, dtype=BF16), dict[str, Any]()
             rounded = x
             if gpu.form.inputs:
