@@ -547,6 +547,10 @@ struct Softmax {
     l[0] += first, l[1] += second;
     return true;
   }
+  // Return whether all rows of the warp have seen something, and so a largest score.
+  __device__ __forceinline__ bool has_seen() const {
+    return __all_sync(ALL, m[0] > NONE_YET && m[1] > NONE_YET);
+  }
   // Sum up the weights of a row's columns, which four threads have.
   __device__ __forceinline__ void finish() {
 #pragma unroll
@@ -770,6 +774,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
       mask(work.end - 1);
       softmax.weigh(s, scale);
       pack_weights();
+      bool may_guess = IS_GUESSED && softmax.has_seen();
       bool add = false, has_keys = false, has_values = false;
       for (int tile = work.end - 2; tile >= work.begin; tile--) {
         if (!has_values) wait(v.is_full(), v.parity);
@@ -787,16 +792,15 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
         if (tile == work.begin) fetch_next();
         mask(tile);
         bool grows = false;
-        if (!IS_GUESSED) {
-          grows = softmax.weigh(s, scale);
-        } else {
-          if (!softmax.try_weigh(s, scale)) {
+        if (!may_guess || !softmax.try_weigh(s, scale)) {
+          if (may_guess) {
             score_again(s, scored, k.tile());
             mask(tile);
-            grows = softmax.weigh(s, scale);
           }
-          free(k);
+          grows = softmax.weigh(s, scale);
+          if (IS_GUESSED) may_guess = softmax.has_seen();
         }
+        if (IS_GUESSED) free(k);
         has_keys = is_over(k.is_full(), k.parity);
         keep(s);
         must_be_known(softmax.l[0] + softmax.l[1]);
