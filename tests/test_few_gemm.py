@@ -104,8 +104,8 @@ def check(
     ]
     assert found[0].shape == expected.shape and found[0].dtype == (out_dtype or dtype)
     assert torch.equal(*found)
-    # Of each output by itself: a tile left out would hide in a norm over all.
-    rounding = 1e-5 if out_dtype else 2 * torch.finfo(dtype).eps
+    # Of each output by itself: a tile left out would hide in a norm over all. Tensor cores cut the sums they add to.
+    rounding = 1e-4 if out_dtype else 2 * torch.finfo(dtype).eps
     assert ((found[0].float() - expected).abs() <= rounding * expected.abs().clamp(min=1.0)).all()
 
 
