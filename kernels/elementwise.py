@@ -283,4 +283,8 @@ def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the rows `input_ids` of weight [vocab, N]; [T] -> [T, N]."""
+    if weight.is_cuda:
+        from kernels.triton_elementwise import embed_triton
+
+        return embed_triton(input_ids, weight)
     return F.embedding(input_ids, weight)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch
+from kernels.triton_elementwise import launch_options, wait_for_input
 
 BLOCK = 256
 
@@ -31,7 +32,10 @@ def end_step_triton(
 ) -> None:
     num_samples = tokens.shape[0]
     stride = 0 if counts is None else counts.stride(0)
-    _end_step_kernel[(cdiv(num_samples, BLOCK),)](tokens, rows, last_tokens, counts, num_samples, stride, BLOCK=BLOCK)
+    options = launch_options(tokens.device, num_warps=4)
+    _end_step_kernel[(cdiv(num_samples, BLOCK),)](
+        tokens, rows, last_tokens, counts, num_samples, stride, BLOCK=BLOCK, **options
+    )
 
 
 @fast_launch
@@ -55,7 +59,10 @@ def _begin_step_kernel(
 
 @fast_launch
 @triton.jit(do_not_specialize=["num_samples"])
-def _end_step_kernel(tokens, rows, last_tokens, counts, num_samples, counts_stride, BLOCK: tl.constexpr):
+def _end_step_kernel(
+    tokens, rows, last_tokens, counts, num_samples, counts_stride, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    wait_for_input(PDL)
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = sample < num_samples
     row = tl.load(rows + sample, mask=mask, other=0)

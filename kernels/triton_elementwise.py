@@ -8,6 +8,8 @@ import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
 
+MAX_EMBED_BLOCK = 2048
+
 
 def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
     """Return the keyword arguments of every kernel here: PDL is the kernel's own, the others Triton's."""
@@ -59,6 +61,29 @@ def gated(gate, up, ACT: tl.constexpr):
         return gate * tl.sigmoid(1.702 * gate) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)
     else:
         return activation(gate, ACT) * up
+
+
+def embed_triton(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    n = weight.shape[1]
+    out = torch.empty(len(input_ids), n, dtype=weight.dtype, device=weight.device)
+    block = min(next_power_of_2(n), MAX_EMBED_BLOCK)
+    if len(input_ids):
+        # It lets dependents begin, but begins itself when all before it is done: what that writes, as the slots of the
+        # step, is read by kernels before they wait.
+        options = launch_options(weight.device, num_warps=4) | {"launch_pdl": False}
+        grid = (len(input_ids), cdiv(n, block))
+        _embed_kernel[grid](input_ids, weight, out, weight.stride(0), N=n, BLOCK=block, **options)
+    return out
+
+
+@fast_launch
+@triton.jit
+def _embed_kernel(input_ids, weight, out, weight_stride, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_input(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(input_ids + token).to(tl.int64)
+    tl.store(out + token * N + n, tl.load(weight + row * weight_stride + n, mask=n < N), mask=n < N)
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

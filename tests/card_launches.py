@@ -397,6 +397,7 @@ def elementwise_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Itera
     module = triton_elementwise
     for n in WIDTHS:
         x, weight = empty(4, n, dtype=dtype), empty(n, dtype=dtype)
+        yield f"rows of ids {n}", partial(module.embed_triton, empty(4, dtype=torch.int32), x)
         yield f"rms norm {n}", partial(module.rms_norm_triton, x, weight, 1e-5)
         yield f"layer norm {n}", partial(module.layer_norm_triton, x, weight, weight, 1e-5)
     for act in ("silu", "relu", "relu2", "gelu_tanh", "gelu"):

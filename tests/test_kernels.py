@@ -70,6 +70,15 @@ def test_the_rms_norm_kernel_equals_its_twin(dtype: torch.dtype, n: int) -> None
     )
 
 
+@pytest.mark.parametrize("n", [64, 2050])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_the_rows_of_ids_are_the_weight_s(id_dtype: torch.dtype, n: int) -> None:
+    wide, ids = randn(7, n + 8, dtype=torch.bfloat16), torch.tensor([6, 0, 3, 6], dtype=id_dtype, device=DEVICE)
+    weight = wide[:, :n]  # rows may lie further apart
+    assert torch.equal(triton_elementwise.embed_triton(ids, weight), weight[ids.long()])
+    assert triton_elementwise.embed_triton(ids[:0], weight).shape == (0, n)
+
+
 def test_rms_norm_rounds_before_the_weight_as_hugging_face_does() -> None:
     x, weight = randn(5, 96, dtype=torch.bfloat16), randn(96, dtype=torch.bfloat16)
     wide = x.float()
