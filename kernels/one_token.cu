@@ -62,6 +62,7 @@ extern __shared__ float shared[];
 // ---- end of the machine ----
 
 constexpr int LANES = D / 8, ROWS = 32 / LANES, UNROLL = G > 4 ? 2 : 4;
+constexpr int SHORT = UNROLL / 2;  // tokens of each group of lanes, of contexts that need no more
 constexpr int GROUPS = SPLIT * WARPS * ROWS;  // of lanes, in the cluster
 constexpr float NONE = -1e30f;                // the largest score of no token
 constexpr float LOG2_E = 1.44269504f;
@@ -192,6 +193,20 @@ __device__ __forceinline__ void score(
     for (int g = 0; g < G; g++) scores[u][g] = capped(sum_of_lanes(scores[u][g]), softcap);
 }
 
+// Takes a group of lanes' tokens, the first and each GROUPS behind it, up to the last one.
+template <int N>
+__device__ __forceinline__ void take(
+    Softmax& softmax, const float (&q)[G][8], const uint4 (&k)[N], const uint4 (&v)[N], int first, int last, float softcap) {
+  float scores[N][G];
+  score<N>(q, k, softcap, scores);
+#pragma unroll
+  for (int u = 0; u < N; u++)
+#pragma unroll
+    for (int g = 0; g < G; g++)
+      if (first + u * GROUPS > last) scores[u][g] = NONE;
+  softmax.add<N>(scores, v);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_constant__ Args args) {
   let_next_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = cluster_rank(), id = blockIdx.x / SPLIT;
@@ -267,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
     partners[g] = *(const uint4*)(products + (kv_head * G + g) * D + partner);
   }
   const uint4 k_part = *(const uint4*)(new_k + d), k_partner = *(const uint4*)(new_k + partner);
-  const uint4 v_part[1] = {*(const uint4*)(new_v + d)};
+  const uint4 new_value = *(const uint4*)(new_v + d);
 
   float q[G][8];
 #pragma unroll
@@ -276,42 +291,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
 #pragma unroll
     for (int i = 0; i < 8; i++) q[g][i] *= args.scale;
   }
-  Softmax softmax;
-  softmax.clear();
-  {
-    float key[8];
-    rotate(k_part, k_partner, args.k_norm, k_weight, k_partner_weight, cos, sin, args.eps, key);
-    u32 words[4];
+  float key[8];
+  rotate(k_part, k_partner, args.k_norm, k_weight, k_partner_weight, cos, sin, args.eps, key);
+  u32 words[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = to_x(key[2 * i]) | (u32)to_x(key[2 * i + 1]) << 16;
-    const uint4 whole[1] = {make_uint4(words[0], words[1], words[2], words[3])};
-    const bool is_mine = group == num_old % GROUPS;
-    if (is_mine) {
-      *(uint4*)(args.k_cache + new_slot * args.k_stride + kv_head * args.k_head_stride + d) = whole[0];
-      *(uint4*)(args.v_cache + new_slot * args.v_stride + kv_head * args.v_head_stride + d) = v_part[0];
-    }
-    float scores[1][G];
-    score<1>(q, whole, args.softcap, scores);
-#pragma unroll
-    for (int g = 0; g < G; g++)
-      if (!is_mine) scores[0][g] = NONE;
-    softmax.add<1>(scores, v_part);
+  for (int i = 0; i < 4; i++) words[i] = to_x(key[2 * i]) | (u32)to_x(key[2 * i + 1]) << 16;
+  const uint4 new_key = make_uint4(words[0], words[1], words[2], words[3]);
+  if (group == num_old % GROUPS) {
+    *(uint4*)(args.k_cache + new_slot * args.k_stride + kv_head * args.k_head_stride + d) = new_key;
+    *(uint4*)(args.v_cache + new_slot * args.v_stride + kv_head * args.v_head_stride + d) = new_value;
   }
 
-  for (int first = 0; first < num_old; first += UNROLL * GROUPS) {
-    float scores[UNROLL][G];
-    score<UNROLL>(q, k, args.softcap, scores);
+  Softmax softmax;
+  softmax.clear();
+  if (num_old < SHORT * GROUPS) {
+    uint4 some_k[SHORT], some_v[SHORT];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++)
+    for (int u = 0; u < SHORT; u++) {
+      const bool is_new = u * GROUPS + group == num_old;
+      some_k[u] = is_new ? new_key : k[u];
+      some_v[u] = is_new ? new_value : v[u];
+    }
+    take<SHORT>(softmax, q, some_k, some_v, group, num_old, args.softcap);
+  } else {
+    for (int first = 0; first <= num_old; first += UNROLL * GROUPS) {
+      uint4 now_k[UNROLL], now_v[UNROLL];
 #pragma unroll
-      for (int g = 0; g < G; g++)
-        if (first + u * GROUPS + group >= num_old) scores[u][g] = NONE;
-    uint4 old[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) old[u] = v[u];
-    load();
-    load_slots(first + 2 * UNROLL * GROUPS);
-    softmax.add<UNROLL>(scores, old);
+      for (int u = 0; u < UNROLL; u++) {
+        const bool is_new = first + u * GROUPS + group == num_old;
+        now_k[u] = is_new ? new_key : k[u];
+        now_v[u] = is_new ? new_value : v[u];
+      }
+      load();
+      load_slots(first + 2 * UNROLL * GROUPS);
+      take<UNROLL>(softmax, q, now_k, now_v, first + group, num_old, args.softcap);
+    }
   }
 
 #pragma unroll
