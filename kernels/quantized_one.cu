@@ -30,6 +30,18 @@ __device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The larger number, or NaN if one is.
+__device__ __forceinline__ float larger(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+// Returns the sum of both halves, which have a sign, and a number.
+__device__ __forceinline__ int add_halves(u32 halves, int number) {
+  int sum;
+  asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(halves), "r"(0x0101), "r"(number));
+  return sum;
+}
 // Numbers that other multiprocessors may have written in the same kernel.
 __device__ __forceinline__ uint4 load_fresh(const void* from) {
   uint4 v;
@@ -51,7 +63,7 @@ __device__ __forceinline__ void sync_warps() {
 
 // ---- parts of the kernels ----
 
-// Of all threads of the block; every one gets the result.
+// Of all threads of the block; every one gets the result. What is in scratch may be read until the next barrier.
 template <bool IS_MAX>
 __device__ __forceinline__ float reduced(float value, float* scratch) {
 #pragma unroll
@@ -64,7 +76,6 @@ __device__ __forceinline__ float reduced(float value, float* scratch) {
   value = scratch[0];
 #pragma unroll
   for (int i = 1; i < WARPS; i++) value = IS_MAX ? fmaxf(value, scratch[i]) : value + scratch[i];
-  sync_warps();
   return value;
 }
 
@@ -126,35 +137,35 @@ __device__ __forceinline__ void put(u16* to, int k, const u32 (&words)[4]) {
 // columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16. chunks: the sum of each chunk's inputs in units, and the unit. A warp
 // calls this with all of its threads, 256 inputs that follow each other.
 __device__ __forceinline__ void put_digits(u16* to, float2* chunks, int k, int first, bool is_in, const float (&values)[8]) {
-  float largest = 0.0f, sum = 0.0f;
+  float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[i]));
+  for (int i = 0; i < 8; i++) largest = larger(largest, fabsf(values[i]));
 #pragma unroll
-  for (int i = DIGIT_GROUP / 16; i; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
-  largest = fmaxf(largest, 1e-30f);
+  for (int i = DIGIT_GROUP / 16; i; i /= 2) largest = larger(largest, __shfl_xor_sync(~0u, largest, i));
+  largest = larger(largest, 1e-30f);
   const float inverse = DIGITS_MAX / largest;
   const bool is_second = k / 8 % 2;  // half of a step's 16 columns
-  u32 digits[2][4] = {};
+  u32 pairs[4];
+  int sum = -8 * 128;
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const float large = values[i] * inverse + 12582912.0f;  // the nearest integer is in its last bits
-    const int whole = (int)__float_as_uint(large) - 0x4b400000, high = (whole + 128) >> 8, low = whole - (high << 8);
-    sum += large - 12582912.0f;
-    digits[0][i / 2] |= (u32)(high & 255) << 16 * (i % 2) + 8 * is_second;
-    digits[1][i / 2] |= (u32)(low & 255) << 16 * (i % 2) + 8 * is_second;
+  for (int i = 0; i < 8; i += 2) {
+    // The nearest integer and 128 are in the last 16 bits: the high digit, and the low one and 128.
+    const u32 low = __float_as_uint(values[i] * inverse + 12583040.0f);
+    pairs[i / 2] = bytes_of(low, __float_as_uint(values[i + 1] * inverse + 12583040.0f), 0x5410u);
+    sum = add_halves(pairs[i / 2], sum);
   }
 #pragma unroll
   for (int i = 4; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
   const int at = k - first;
   u32* words = (u32*)to + at / CHUNK * 32 + is_second * 8 + at % CHUNK / 16;
 #pragma unroll
-  for (int d = 0; d < 2; d++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {  // two words of each, the other half's bytes among them
-      const u32 other = __shfl_xor_sync(~0u, is_second ? digits[d][i] : digits[d][2 + i], 1);
-      if (is_in) words[16 * d + 4 * i] = (is_second ? digits[d][2 + i] : digits[d][i]) | other;
-    }
-  if (is_in && k % CHUNK == 0) chunks[k / CHUNK] = make_float2(sum, largest / DIGITS_MAX);
+  for (int i = 0; i < 2; i++) {  // two words of each digit, the other half's bytes among them
+    const u32 own = is_second ? pairs[2 + i] : pairs[i];
+    const u32 other = __shfl_xor_sync(~0u, is_second ? pairs[i] : pairs[2 + i], 1);
+    const u32 even = is_second ? other : own, odd = is_second ? own : other;
+    if (is_in) words[4 * i] = bytes_of(even, odd, 0x7351u), words[16 + 4 * i] = bytes_of(even, odd, 0x6240u) ^ 0x80808080u;
+  }
+  if (is_in && k % CHUNK == 0) chunks[k / CHUNK] = make_float2((float)sum, largest / DIGITS_MAX);
 }
 
 // Put columns [first, first + num) of the only token into `to`, and its scales of all columns into `scales`.
@@ -180,7 +191,7 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
 #pragma unroll
         for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[i]));
       }
-      x_scale = fmaxf(reduced<true>(largest, scratch), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
+      x_scale = fmaxf(reduced<true>(largest, scratch + WARPS), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
     }
     if (threadIdx.x == 0) scales[0] = x_scale;
   }
@@ -295,7 +306,7 @@ __device__ __forceinline__ void hold_one(
 #pragma unroll
         for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(values[j]));
       }
-      x_scale = fmaxf(reduced<true>(largest, scratch), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
+      x_scale = fmaxf(reduced<true>(largest, scratch + WARPS), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
     }
     if (threadIdx.x == 0) scales[0] = x_scale;
   }
