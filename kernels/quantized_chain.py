@@ -5,15 +5,17 @@ block on each multiprocessor has a part of every product, and codes are copied a
 `quantized_chain.cu`.
 """
 
+import ctypes
 import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels.card import card_of
+from kernels.hopper import ARCHITECTURE, tensor_map
 from kernels.launch import address, cdiv, compile_ahead, num_sms, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_cuda import CudaQuantizedWeight
@@ -24,7 +26,10 @@ from kernels.weights import Norm
 
 ATTENTION_BYTES = 24 << 10  # of shared memory that attention's block has room in beside a chain's
 MOST_STAGES = 16
-LEAST_BYTES = 6 << 20  # of a weight in the mean: smaller ones have not been measured, nor has more than 4 bits gained
+MOST_DIRECT_STAGES = 4  # of codes row by row: 8 are no faster
+MAP_BYTES = 128
+SLAB = 128  # columns of codes row by row that a warpgroup multiplies at once
+LEAST_BYTES = 6 << 20  # of a weight in the mean: smaller ones have not been measured
 
 
 class ChainConfig(NamedTuple):
@@ -53,12 +58,18 @@ def can_chain(weights: Sequence[CudaQuantizedWeight], device: torch.device) -> b
     if not can_multiply_few(device) or not card_of(device).is_hopper:  # blocks that wait have run on no other card
         return False
     kind, most_k = weights[0].kind, max(weight.k for weight in weights)
-    if not has_digits(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):
+    if not is_chained(kind) or sum(weight.codes.nbytes for weight in weights) < LEAST_BYTES * len(weights):
         return False
     if kind.dtype.itemsize != 2 or has_neighbours():
         return False
     fits = all(weight.kind == kind and weight.order is None and weight.n % (2 * TILE) == 0 for weight in weights)
+    fits = fits and (kind.is_tiled or all(weight.k % SLAB == 0 for weight in weights))
     return fits and chain_config(kind, most_k, device) is not None
+
+
+def is_chained(kind: Kind) -> bool:
+    """Return whether there are chains of a kind: of integers, or of codes that inputs are rounded to as well."""
+    return has_digits(kind) or (not kind.is_tiled and not kind.group_size)
 
 
 def has_neighbours() -> bool:
@@ -113,15 +124,36 @@ def multiply_chain(
         )
         first = (first + cdiv(weight.n, TILE * config.tiles)) % num_blocks
     kernel = _kernel(kind, config, len(products), device)
-    kernel.launch(num_blocks, 1, shared_bytes(kind, config, most_k), (args,), device)
+    kernel.launch(num_blocks, 1, shared_bytes(kind, config, most_k), (args, _maps(kind, config, args)), device)
+
+
+def _maps(kind: Kind, config: ChainConfig, args: Any) -> Any:
+    """Return what describes codes row by row to the tensor memory accelerator, of all products; of tiles nothing."""
+    of_rows = [] if kind.is_tiled else args
+    found = b"".join(_map(config, arg.codes, arg.n, arg.k, bool(arg.is_gated)) for arg in of_rows)
+    return ctypes.create_string_buffer(found, MAP_BYTES * len(args))
+
+
+@functools.lru_cache(8192)
+def _map(config: ChainConfig, codes: int, n: int, k: int, is_gated: bool) -> bytes:
+    """Describe codes [n, k] in boxes of a stage: 128 bytes of each row, of half of a block's rows, twice, and so on."""
+    half = TILE * config.tiles // 2
+    distance = n // 2 if is_gated else half  # from a row to that of the other half
+    sizes, strides = (SLAB, n - distance, 2, k // SLAB), (k, distance * k, SLAB)
+    found = tensor_map("UINT8", codes, sizes, strides, (SLAB, half, 2, 2 * config.piece))
+    return ctypes.string_at(found.getPtr(), MAP_BYTES)
 
 
 @functools.cache
 def chain_config(kind: Kind, most_k: int, device: torch.device) -> ChainConfig | None:
     """Return the configuration with the most stages that there is room for; None if there is for less than two."""
     room = card_of(device).shared_bytes - ATTENTION_BYTES
-    config = ChainConfig(piece=2 if kind.bits == 4 else 1)
-    for stages in range(MOST_STAGES, 1, -1):
+    config = ChainConfig(piece=2)
+    if kind.is_tiled:
+        numbers = range(MOST_STAGES, 1, -1)
+    else:  # each warpgroup has as many places in the ring
+        numbers = range(MOST_DIRECT_STAGES, 0, -config.warps // 4)
+    for stages in numbers:
         if shared_bytes(kind, config._replace(stages=stages), most_k) <= room:
             return config._replace(stages=stages)
     return None
@@ -130,25 +162,24 @@ def chain_config(kind: Kind, most_k: int, device: torch.device) -> ChainConfig |
 def shared_bytes(kind: Kind, config: ChainConfig, most_k: int) -> int:
     """Return the shared memory of a block, as `quantized_chain.cu` lays it out."""
     rows = TILE * config.tiles
-    sums = 2 * 4 * config.warps * (rows + 4)
-    group = kind.form.input_group if kind.form.inputs else 0
-    x_scales = 8 * (most_k // CHUNK) if has_digits(kind) else 4 * (most_k // group if group else 1)
+    parts = config.warps if kind.is_tiled else config.warps // 2
+    sums = 2 * 4 * parts * (rows + 4)
+    x_scales = 8 * (most_k // CHUNK) if has_digits(kind) else 4  # of digits
     held = (0 if kind.group_size else 4 * HELD_SCALES) + 2 * HELD_RESIDUALS
     barriers = cdiv(16 * config.stages, 128) * 128
-    return 128 + barriers + config.stages * stage_bytes(kind, config) + sums + 2 * (most_k + 8) + x_scales + held
+    columns = 2 * SLAB * config.piece  # of a stage
+    ring_at, x = (128 + barriers, 2 * (most_k + 8)) if kind.is_tiled else (1024, cdiv(most_k, columns) * columns + 128)
+    return ring_at + config.stages * stage_bytes(kind, config) + sums + x + x_scales + held
 
 
 def stage_bytes(kind: Kind, config: ChainConfig) -> int:
     """Return the shared memory of a stage: codes, and parameters of all groups that it may have parts of."""
+    if not kind.is_tiled:
+        return config.tiles * TILE * SLAB * 2 * config.piece
     chunks = config.warps * config.piece
-    codes = chunks * kind.tile_bytes if kind.is_tiled else TILE * (CHUNK * chunks + CHUNK)
-    if not kind.group_size:
-        groups = 0
-    elif kind.group_size < CHUNK:
-        groups = chunks * kind.groups_of_tile
-    else:
-        of_group = kind.group_size // CHUNK
-        groups = chunks // of_group + (2 if chunks % of_group else 0)
+    codes = chunks * kind.tile_bytes
+    of_group = kind.group_size // CHUNK
+    groups = chunks // of_group + (2 if chunks % of_group else 0)
     return config.tiles * (codes + groups * 8 * kind.parameter_bytes)
 
 
@@ -166,11 +197,13 @@ def source(kind: Kind, config: ChainConfig, num_products: int) -> str:
         "PIECE": config.piece,
         "STAGES": config.stages,
     }
+    is_integer = not kind.is_tiled and kind.form.code == "int8"
+    defines |= {"IS_DIRECT": int(not kind.is_tiled), "IS_INTEGER": int(is_integer)}
     return source_of(kind, defines, "hopper.cu", "quantized_one.cu", "quantized_chain.cu")
 
 
 @functools.cache
 def _kernel(kind: Kind, config: ChainConfig, num_products: int, device: torch.device) -> Kernel:
-    cubin = compile_source("quantized_chain", source(kind, config, num_products), card_of(device).architecture)
+    cubin = compile_source("quantized_chain", source(kind, config, num_products), ARCHITECTURE)
     with torch.cuda.device(device):
         return Kernel("quantized_chain", cubin, 32 * (config.warps + 1), device)

@@ -210,6 +210,7 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
     defines = {
         "IS_ONE": int(token_tiles == 0),
         "IS_CHAIN": 0,
+        "IS_DIRECT": 0,
         "HAS_DIGITS": int(token_tiles == 0 and has_digits(kind)),
         "HELD_SCALES": 0 if kind.group_size or token_tiles else HELD_SCALES,
         "HELD_RESIDUALS": 0 if token_tiles else HELD_RESIDUALS,

@@ -53,6 +53,14 @@ __device__ __forceinline__ u16 load_fresh_half(const void* from) {
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
   return v;
 }
+#if IS_DIRECT
+// Two inputs as codes.
+__device__ __forceinline__ u32 codes_of(float low, float high) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#endif
 // Of the warps that multiply.
 __device__ __forceinline__ void sync_warps() {
   if (IS_CHAIN)
@@ -132,6 +140,21 @@ __device__ __forceinline__ void put(u16* to, int k, const u32 (&words)[4]) {
 #pragma unroll
   for (int t = 0; t < 4; t++) *(u32*)(to + k / CHUNK * CHUNK + 16 * t + k % CHUNK / 4) = words[t];
 }
+
+#if IS_DIRECT
+// Put eight inputs from k on as codes, 16 of a chunk next to those of the other chunk of a pair.
+__device__ __forceinline__ void put_codes(u16* to, int k, const float (&values)[8], float inverse) {
+  u32 words[2] = {};
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const float low = values[i], high = values[i + 1];
+    const u32 pair = ROUND == TO_FP8 ? codes_of(low * inverse, high * inverse)
+                                     : ((int)rounded(low, inverse) & 255) | ((int)rounded(high, inverse) & 255) << 8;
+    words[i / 4] |= pair << 8 * (i % 4);
+  }
+  *(uint2*)((unsigned char*)to + k / 256 * 256 + k % 128 / 16 * 32 + k / 128 % 2 * 16 + k % 16) = make_uint2(words[0], words[1]);
+}
+#endif
 
 // Put eight inputs from k on as digits: of each chunk, digit and thread t of four the words of 4 steps, whose bytes are
 // columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16. chunks: the sum of each chunk's inputs in units, and the unit. A warp
@@ -220,6 +243,10 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
     }
     if (!is_in) continue;
     const float inverse = __fdiv_rn(1.0f, x_scale);
+#if IS_DIRECT
+    put_codes(to, k, values, inverse);
+    continue;
+#endif
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -324,6 +351,11 @@ __device__ __forceinline__ void hold_one(
       continue;
     }
     if (!is_in) continue;
+#if IS_DIRECT
+    take(i, values);
+    put_codes(to, k - first, values, inverse);
+    continue;
+#endif
     u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
     if (ROUND != NO_ROUND || IS_HALF != IS_X_HALF) {
       take(i, values);

@@ -28,7 +28,7 @@ from kernels import (
     triton_sampling,
 )
 from kernels.attention_batch import HeadRotation
-from kernels.card import HOPPER, OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
+from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
 from kernels.hopper import ARCHITECTURE
 from kernels.latents import FEW_TOKENS, Expansion, LatentSizes
 from kernels.launch import cdiv
@@ -384,10 +384,11 @@ def few_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
 
 
 def chain_sources(name: str, kind: Kind, k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:
-    config = quantized_chain.chain_config(kind, k, torch.device("meta")) if card.capability >= HOPPER else None
+    can_chain = card.is_hopper and quantized_chain.is_chained(kind)
+    config = quantized_chain.chain_config(kind, k, torch.device("meta")) if can_chain else None
     if config is not None:
         text, room = quantized_chain.source(kind, config, 4), quantized_chain.shared_bytes(kind, config, k)
-        yield f"quantized_chain {name} {config}", text, card.architecture, room
+        yield f"quantized_chain {name} {config}", text, ARCHITECTURE, room
 
 
 # ---- the rest ----

@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 8},
 }
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
-CHAINED = ["int4 g128", "int4 zero"]
+CHAINED = ["int4 g128", "int4 zero", "fp8 x fp8", "fp8 x fp8 static", "int8 x int8"]
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +104,19 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(
     assert not can_chain([*pair, other], device), "a kernel is of one kind"
     assert not can_chain([*pair, packed(make_weight(FORMS["int4 order"], 64, 256, BF16))], device)
     assert not can_chain([pair[0], packed(make_weight(FORMS["int4 zero"], 64, 128, BF16))], device), "they are small"
-    assert not can_chain([packed(make_weight(FORMS["fp8 x fp8"], 64, 256, BF16))], device)
+    assert not can_chain([packed(make_weight(FORMS["fp8 x fp8 blocks"], 64, 256, BF16))], device)
+    rounded = [packed(make_weight(FORMS["fp8 x fp8"], 64, k, BF16)) for k in (256, 512, 320)]
+    assert can_chain(rounded[:2], device)
+    assert not can_chain(rounded, device), "a warpgroup multiplies 128 columns"
     assert not can_chain([packed(make_weight(FORMS["int4 zero"], 64, k, torch.float32)) for k in (256, 512)], device)
     (tmp_path / "control").touch()
     assert not can_chain(pair, device), "another process may have a chain, too"
     (tmp_path / "control").unlink()
-    for k in (4096, 14336, 28672):
-        config = chain_config(pair[0].kind, k, device)
-        assert config is not None
-        assert shared_bytes(pair[0].kind, config, k) <= HOPPER_SHARED_BYTES
+    for kind in (pair[0].kind, rounded[0].kind):
+        for k in (4096, 14336, 28672):
+            config = chain_config(kind, k, device)
+            assert config is not None
+            assert shared_bytes(kind, config, k) <= HOPPER_SHARED_BYTES
     assert chain_config(pair[0].kind, 1 << 17, device) is None
     for capability in (80, 100):
         monkeypatch.setattr(quantized_chain, "card_of", lambda _, card=CARDS[capability]: card)
@@ -149,6 +153,6 @@ def test_a_chain_is_its_products_one_after_another(name: str, dtype: torch.dtype
         assert_near(found, expected, 3e-2)
     for _ in range(20):  # blocks come in another order each time
         assert all(map(torch.equal, computed(multiply_chain, chained_weights), first))
-    for config in (ChainConfig(2, 4, 1, 3), ChainConfig(4, 8, 2, 2)):
+    for config in (ChainConfig(2, 4, 1, 3), ChainConfig(4 if chained_weights[0].kind.is_tiled else 2, 8, 2, 2)):
         for found, expected in zip(computed(multiply_chain, chained_weights, config), wanted, strict=True):
             assert_near(found, expected, 3e-2)
