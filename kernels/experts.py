@@ -99,10 +99,12 @@ class ExpertStack:
         """
         if x.is_cuda:
             from kernels.triton_experts import Sorted, expert_products_triton
+            from kernels.triton_quantized import rounded_values
 
             assert self.codes is not None
-            if isinstance(self.stack, QuantizedWeight):
-                x = self.stack.changed_inputs(x).to(x.dtype)
+            if isinstance(self.stack, QuantizedWeight) and (form := self.stack.form).inputs is not None:
+                known_scale = self.stack.fields.get("input_scale")
+                x = rounded_values(x, to=form.inputs, group=form.input_group, known_scale=known_scale)
             if isinstance(by_expert, Sorted) and self.is_fp4 and act in fp4_experts.ACTS:
                 return fp4_experts.multiply(x, ids, self.codes, self.num_experts, act, by_expert, bias)
             is_shared_out = self.num_experts < self.num_on_all_ranks

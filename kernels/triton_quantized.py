@@ -301,25 +301,53 @@ def round_inputs(
     else:
         scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
     if num_tokens:
-        block = next_power_of_2(k)
-        _round_inputs_kernel[(num_tokens,)](
-            x,
-            norm_weight,
-            known_scale,
-            codes,
-            scales,
-            x.stride(0),
-            scales.stride(0),
-            scales.stride(1),
-            eps,
-            K=k,
-            BLOCK=block,
-            GROUP=group,
-            IS_FP8=to == "fp8",
-            IS_NATIVE=out_dtype == FP8 and has_e4m3(x.device),
-            **launch_options(x.device, num_warps=min(max(block // 512, 1), 16)),
-        )
+        is_native = out_dtype == FP8 and has_e4m3(x.device)
+        _launch_rounding(x, codes, scales, to, group, known_scale, norm_weight, eps, is_native=is_native)
     return codes, scales
+
+
+def rounded_values(
+    x: torch.Tensor, *, to: str, group: int = 0, known_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x [T, K] rounded as `quantized.rounded_inputs` does, as numbers of x's own type."""
+    values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len(x):
+        _launch_rounding(x, values, None, to, group, known_scale)
+    return values
+
+
+def _launch_rounding(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    to: str,
+    group: int,
+    known_scale: torch.Tensor | None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    is_native: bool = False,
+) -> None:
+    """Write codes and their scales; without `scales` what they stand for."""
+    num_tokens, k = x.shape
+    block = next_power_of_2(k)
+    _round_inputs_kernel[(num_tokens,)](
+        x,
+        norm_weight,
+        known_scale,
+        out,
+        scales,
+        x.stride(0),
+        0 if scales is None else scales.stride(0),
+        0 if scales is None else scales.stride(1),
+        eps,
+        K=k,
+        BLOCK=block,
+        GROUP=group,
+        IS_FP8=to == "fp8",
+        IS_NATIVE=is_native,
+        **launch_options(x.device, num_warps=min(max(block // 512, 1), 16)),
+    )
 
 
 @fast_launch
@@ -366,10 +394,13 @@ def _round_inputs_kernel(
             scaled = _nearest_e4m3(scaled)
     else:
         scaled = _nearest_integer(scaled)
+    if scales is None:
+        scaled *= scale[:, None]
     rounded = tl.reshape(scaled, [BLOCK])
     tl.store(codes + row * K + n, rounded.to(codes.dtype.element_ty), mask=n < K)
-    g = tl.arange(0, BLOCK // WIDTH)
-    tl.store(scales + row * scale_stride + g * group_stride, scale, mask=g < NUM_GROUPS)
+    if scales is not None:
+        g = tl.arange(0, BLOCK // WIDTH)
+        tl.store(scales + row * scale_stride + g * group_stride, scale, mask=g < NUM_GROUPS)
 
 
 @triton.jit

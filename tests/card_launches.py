@@ -302,6 +302,7 @@ def quantized_launches(dtype: torch.dtype, card: Card) -> Iterator[tuple[str, La
         for to, kind, group in roundings:
             options: dict[str, Any] = {"to": to, "group": group, "norm_weight": norm}
             yield f"round {to} {kind}", partial(triton_quantized.round_inputs, x, kind, **options)
+            yield f"round {to} {group}", partial(triton_quantized.rounded_values, x, to=to, group=group)
         oldest = {torch.int8: OLDEST_INT8, FP8: OLDEST_E4M3}
         for code in (code for code in oldest if card.capability >= oldest[code]):
             for num_groups in (1, k // 128) if code == FP8 else (1,):

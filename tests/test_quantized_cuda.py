@@ -12,14 +12,14 @@ import torch
 from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, quantized_some, triton_quantized
 from kernels.card import HOPPER_SHARED_BYTES, Card
 from kernels.hopper import is_available
-from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
+from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs, rounded_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
 from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
 from kernels.quantized_kernel import Kind
 from kernels.quantized_layout import tile_codes
 from kernels.quantized_many import MOST_TOKENS, ManyConfig
 from kernels.quantized_some import HOPPER_SMS, SomeConfig
-from kernels.triton_quantized import round_inputs
+from kernels.triton_quantized import round_inputs, rounded_values
 from kernels.weights import Part
 from tests.cards import CARDS
 from tests.test_dense import Norm
@@ -137,6 +137,15 @@ def test_inputs_are_rounded_as_the_definition_says(to: str, group: int) -> None:
             is_same = found == codes.float()
             assert is_same.float().mean() > (0.99 if normed else 0.9999)
             assert ((found - codes.float()).abs() <= (1.001 if to == "int8" else codes.float().abs() / 8 + 0.002)).all()
+        found, found_scale = round_inputs(x, F32, to=to, group=group, known_scale=known)
+        stands_for = (found.unflatten(1, (found_scale.shape[1], -1)) * found_scale[:, :, None]).flatten(1)
+        for dtype in (F32, torch.bfloat16):
+            values = rounded_values(x.to(dtype), to=to, group=group, known_scale=known)
+            assert values.dtype == dtype
+            if dtype == F32:
+                assert torch.equal(values, stands_for)
+            else:
+                assert_near(values.float(), rounded_inputs(x.to(dtype), form, known), 1e-2)  # a code beside
     _, by_group = round_inputs(x, F32, to=to, group=group, is_by_group=True)
     assert torch.equal(by_group, round_inputs(x, F32, to=to, group=group)[1])
     assert by_group.stride() == (1, 8)
