@@ -312,7 +312,8 @@ class StepLoop:
         device_s, idle_s = self.runner.times(step)
         # By the device's own clock: the host's polls only bound the end from below and above.
         self._last_end = min(max(self._begun_at(step) + device_s, self._seen_running), start)
-        self._pace.observe(step.plan, device_s)
+        if step.tells_pace:
+            self._pace.observe(step.plan, device_s)
         self._log.on_resolve(outcome)
         stats = self.stats
         stats.num_steps += 1

@@ -161,6 +161,7 @@ def choose_graph_sizes(
         max_prompt_tokens=min(sizes.chunk, sizes.max_len, *([MAX_LATENT_TOKENS] if has_latents else [])),
         max_tokens=max_tokens,
         max_requests=sizes.num_rows,
+        only_short_prompts=has_latents,
     )
 
 

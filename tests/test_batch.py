@@ -276,6 +276,17 @@ def test_a_single_request_with_a_long_context_has_a_graph_of_its_own(monkeypatch
     assert made.shape_for(plan_of([LONG_CONTEXT], [], every=1)) == StepShape(2, 0, 0, 2, False)
 
 
+@pytest.mark.parametrize(("only_short_prompts", "kept_to"), [(False, 512), (True, 0)])
+def test_chunks_do_not_keep_to_graphs_of_short_prompts(
+    only_short_prompts: bool, kept_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    stager = Stager(64, 1024, torch.zeros(65, 16, dtype=torch.int32))
+    sizes = GraphSizes([1, 2, 4], 512, 1024, 64, only_short_prompts)
+    graphs = StepGraphs(sizes, stager, lambda _staged: (torch.empty(0), torch.empty(0)), lambda: None)
+    assert graphs.prompt_sizes(2, has_groups=False)[1] == kept_to
+
+
 def test_a_field_is_added_by_a_line_in_the_table() -> None:
     shapes = [StepShape(3, 0, 0, 3, False), StepShape(3, 2, 9, 4, False), StepShape(4, 1, 5, 5, True)]
     mrope = Field("mrope", Size.TOKENS, width=3, when=lambda shape: shape.num_prefills > 0)

@@ -57,6 +57,7 @@ class ManualRunner:
         self.ranks = None
         self.graphs: ManualGraphs | None = None
         self.splitter = ManualSplitter()
+        self.tells_pace, self.prompt_s = True, 0.0
 
     def launch(self, plan: Plan) -> Step:
         if self.error is not None:
@@ -71,6 +72,7 @@ class ManualRunner:
             StepShape.of(plan),
             is_graph=False,
             launched_at=time.perf_counter(),
+            tells_pace=self.tells_pace,
         )
         step.done = Future()
         self.ends.append(step.done)
@@ -79,7 +81,7 @@ class ManualRunner:
         return step
 
     def times(self, step: Step) -> tuple[float, float]:
-        return 0.0, 0.0
+        return self.prompt_s if step.plan.num_prefill_tokens else 0.0, 0.0
 
     async def finish(self, index: int, error: Exception | None = None) -> None:
         """End step `index` on the device, or fail it; the loop gets time to notice."""
@@ -336,6 +338,19 @@ async def test_beside_streams_a_chunk_keeps_to_the_largest_graph() -> None:
         await runner.finish(0)
         await runner.finish(1)
         assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 64, 64]  # where 70 are granted
+
+
+@pytest.mark.parametrize(("tells_pace", "chunk"), [(True, 8), (False, 70)])
+async def test_a_step_that_tells_no_pace_shortens_no_chunk(tells_pace: bool, chunk: int) -> None:
+    async with running_loop(max_step_ms=60, chunked_prefill_size=35 * 16) as (loop, runner):
+        runner.tells_pace, runner.prompt_s = tells_pace, 1.0
+        submit(loop, [*range(4, 54)], stream=True)
+        await settle()
+        submit(loop, [*range(4, 204)])
+        await runner.finish(0)
+        await runner.finish(1)
+        chunks = [step.plan.num_prefill_tokens for step in runner.launched]
+        assert chunks[:3] == [50, 0, chunk], "8: the fewest, since 50 took a second"
 
 
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:

@@ -68,6 +68,7 @@ class GraphSizes(NamedTuple):
     max_prompt_tokens: int  # of a step that has any
     max_tokens: int  # of all of a step
     max_requests: int  # that run at once
+    only_short_prompts: bool = False  # longer ones go a way of their own, which takes less a token
 
 
 class StepGraphs:
@@ -86,6 +87,7 @@ class StepGraphs:
 
         has_windows, has_rope: of all steps, has_feature_rows: of those with prompts, see `StepShape`.
         """
+        self.only_short_prompts = sizes.only_short_prompts
         self._has_feature_rows = has_feature_rows
         self._decode_shape = functools.partial(_decode_shape, has_windows=has_windows, has_rope=has_rope)
         self._prefill_shape = functools.partial(
@@ -126,11 +128,14 @@ class StepGraphs:
         return None
 
     def prompt_sizes(self, num_decodes: int, has_groups: bool) -> tuple[list[int], int]:
-        """Return what `unpadded_sizes` and `largest_size` do of these graphs; it must not be written to."""
+        """Return what `unpadded_sizes` does of these graphs, which must not be written to, and what chunks keep to.
+
+        That is what `largest_size` returns; 0 where longer chunks take less a token than graphs do.
+        """
         key = num_decodes, has_groups
         if key not in self._prompt_sizes:
             sizes = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
-            self._prompt_sizes[key] = sizes, largest_size(self.ladders, *key)
+            self._prompt_sizes[key] = sizes, 0 if self.only_short_prompts else largest_size(self.ladders, *key)
         return self._prompt_sizes[key]
 
     def _takes_features(self, plan: Plan) -> bool:
