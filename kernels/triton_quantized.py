@@ -6,6 +6,7 @@ Codes in tiles lie as `kernels.quantized_layout` says.
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -310,6 +311,10 @@ def rounded_values(
     x: torch.Tensor, *, to: str, group: int = 0, known_scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return x [T, K] rounded as `quantized.rounded_inputs` does, as numbers of x's own type."""
+    num_tokens, k = x.shape
+    if 0 < group < k and group != next_power_of_2(group):  # by which a kernel cannot cut rows: each is one of its own
+        groups = F.pad(x, (0, -k % group)).view(-1, group)
+        return rounded_values(groups, to=to, known_scale=known_scale).view(num_tokens, -1)[:, :k].contiguous()
     values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         _launch_rounding(x, values, None, to, group, known_scale)
@@ -343,7 +348,7 @@ def _launch_rounding(
         eps,
         K=k,
         BLOCK=block,
-        GROUP=group,
+        GROUP=group if group < k else 0,
         IS_FP8=to == "fp8",
         IS_NATIVE=is_native,
         **launch_options(x.device, num_warps=min(max(block // 512, 1), 16)),

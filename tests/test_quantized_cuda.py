@@ -153,6 +153,16 @@ def test_inputs_are_rounded_as_the_definition_says(to: str, group: int) -> None:
     assert torch.equal(stored.float(), round_inputs(x, F32, to=to, group=group)[0])
 
 
+@pytest.mark.parametrize(("k", "group"), [(64, 128), (192, 96), (200, 96), (72, 96), (96, 128)])
+def test_inputs_are_rounded_by_groups_of_any_size(k: int, group: int) -> None:
+    x = randn(5, k, scale=3)
+    form = Format("fp8", group, inputs="fp8", input_group=group)
+    for known in (None, torch.tensor([0.02], device=DEVICE)):
+        values = rounded_values(x, to="fp8", group=group, known_scale=known)
+        assert values.is_contiguous()
+        assert_near(values, rounded_inputs(x, form, known), 1e-2)  # a code beside
+
+
 def test_weights_that_no_tile_fits_stay_as_they_are() -> None:
     for form, k in ((Format("int8", 48), 96), (Format("int4", 32), 96), (Format("fp8", 32, inputs="fp8"), 128)):
         assert not can_tile(QuantizedWeight([Part(32)], k, F32, form))
