@@ -106,7 +106,10 @@ def find(flag: str, table: Collection[ForeignFlag]) -> ForeignFlag | None:
 
 
 def with_objects(argv: Sequence[str]) -> list[str]:
-    """Return a command line with vLLM's `--flag.key value`, of flags that take an object, as `--flag {...}`."""
+    """Return a command line with vLLM's `--flag.key value`, of flags that take an object, as `--flag {...}`.
+
+    Raises `ValueError` for keys of what is no object.
+    """
     words, left = list[str](), list(argv)
     objects: dict[str, dict[str, Any]] = {}
     while left:
@@ -122,6 +125,8 @@ def with_objects(argv: Sequence[str]) -> list[str]:
         place = objects.setdefault(flag, {})
         for key in keys[:-1]:
             place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{name}: {key} is no object, it was said to be {json.dumps(place)}")
         place[keys[-1]] = _value(value)
     return words + [word for flag, value in objects.items() for word in (flag, json.dumps(value))]
 

@@ -377,6 +377,12 @@ def test_another_servers_flag_means_the_same_here_or_is_refused_with_a_reason(
         assert f"{flags.partition(' ')[0]} is refused: " in shown and "did you mean" not in shown
 
 
+def test_keys_of_a_value_that_is_no_object_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--hf-overrides.rope", "2", "--hf-overrides.rope.factor", "2"])
+    assert "--hf-overrides.rope.factor: rope is no object, it was said to be 2" in capsys.readouterr().err
+
+
 def test_a_flag_without_effect_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     parse_args(["--enable-torch-compile"])
     assert "--enable-torch-compile has no effect: nothing is compiled" in capsys.readouterr().err

@@ -120,6 +120,14 @@ def test_a_token_that_pieces_share_is_the_firsts_and_what_is_no_text_is_passed_o
     assert taken("e", b"e", b"<eos>") == [b"e"]
 
 
+def test_a_piece_whose_letters_a_mark_ahead_of_it_holds_has_its_own_tokens() -> None:
+    tokens = TextLogprobs(lambda logprobs: [{"bytes": list(token)} for token in logprobs])  # type: ignore[attr-defined]
+    tokens.add([b"</think>", b"\n\n", b"hi"])  # type: ignore[arg-type]
+    assert [bytes(token["bytes"]) for token in tokens.take("hi")] == [b"hi"]
+    tokens.add([b" there"])  # type: ignore[arg-type]
+    assert [bytes(token["bytes"]) for token in tokens.take(" there")] == [b" there"]
+
+
 async def test_the_official_client_reads_log_probabilities(api: openai.AsyncOpenAI) -> None:
     response: Any = await api.responses.create(model="fake-model", input="Hi", include=LOGPROBS)
     (part,) = response.output[0].content
@@ -431,6 +439,18 @@ async def test_only_streams_in_the_background_can_be_streamed_again(api: openai.
     (*_, last) = [event async for event in again]
     with pytest.raises(openai.BadRequestError, match="starting_after"):
         await api.responses.retrieve(last.response.id, stream=True, starting_after=-1)
+
+
+async def test_whether_a_stored_response_is_streamed_is_a_boolean_in_any_case(client: Client) -> None:
+    made = await client.post("/v1/responses", json={"input": "Hi", "background": True, "stream": True})
+    await made.read()
+    path = f"/v1/responses/{json.loads((await made.text()).split('data: ')[1].split(chr(10))[0])['response']['id']}"
+    for stream, kind in (("True", "text/event-stream"), ("False", "application/json")):
+        answer = await client.get(path, params={"stream": stream})
+        assert (answer.status, answer.content_type) == (200, kind)
+    for stream in ("0", "", "yes"):
+        answer = await client.get(path, params={"stream": stream})
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, "stream")
 
 
 async def test_a_cancelled_background_response_keeps_what_it_had_said() -> None:

@@ -143,7 +143,10 @@ class ResponsesApi:
         """Return a response; with `?stream=true` its events, those after number `starting_after` if that is given."""
         query, response_id = http_request.query, http_request.match_info["response_id"]
         background = self._find_background(response_id, http_request)
-        if query.get("stream", "false") == "false":
+        stream = query.get("stream", "false").lower()  # Python's own spelling of a boolean is no rarity
+        if stream not in ("true", "false"):
+            raise InvalidRequest(f"stream must be true or false, got {stream[:20]!r}", "stream")
+        if stream == "false":
             return json_response(background.state() if background else self._find(response_id, http_request).response)
         if background is not None:
             log = background.log if background.keeps_events else None

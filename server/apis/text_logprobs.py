@@ -27,11 +27,12 @@ class TextLogprobs:
     def take(self, piece: str) -> list[JSON]:
         """Return the tokens of the next piece of text; those ahead of it are passed over.
 
+        A piece begins where a token does, if it can: marks ahead of it may hold the same letters, as </think> holds hi.
         A token that two pieces share is the first one's. A piece that is not found, as half a character is not, has
         all tokens that are left.
         """
         text = piece.encode()
-        at = self._raw.find(text)
+        at = self._find(text)
         used = len(self._raw) if at < 0 else at + len(text)
         begin, end = self._start + max(at, 0), self._start + used
         self._raw, self._start = self._raw[used:], end
@@ -42,3 +43,11 @@ class TextLogprobs:
             last, token = self._tokens.popleft()
             taken.append(token)
         return taken
+
+    def _find(self, text: bytes) -> int:
+        """Return where in _raw a piece begins, -1 if nowhere."""
+        at = self._raw.find(text)
+        if at <= 0:
+            return at
+        starts = (end - self._start for end, _ in self._tokens)
+        return next((start for start in starts if start >= at and self._raw.startswith(text, start)), at)
