@@ -22,6 +22,7 @@ struct Args {
   int* arrivals;                 // zeros, of requests
   int num_requests, q_stride, q_head_stride, rope_stride, rope_head_stride, out_stride, table_stride;
   int cache_stride;  // in bytes
+  int num_fresh;     // last tokens of a request that the step itself may write
   float scale;       // scores times scale are in units of log2
 };
 
@@ -441,8 +442,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_latents(const __
       loader.line = a.slot_table + (i64)a.rows[work.request] * a.table_stride;
       if (tile < work.last) loader.load_slots((tile - work.begin) * TILE, work.seq_len);
       for (; tile < work.last; tile += STAGES) {
-        // The kernel ahead, or one ahead of that, writes queries and the newest token's latents. All else was there before.
-        if ((tile + 1 - work.begin) * TILE >= work.seq_len) need_input();
+        // The kernel ahead, or one ahead of that, writes queries and fresh tokens' latents. All else was there before.
+        if ((tile + 1 - work.begin) * TILE > work.seq_len - a.num_fresh) need_input();
         if (IS_BYTES) loader.load_bytes();
         wait(empty + 8 * stage, parity);
         parity ^= 1;

@@ -24,6 +24,7 @@ TILE, STAGES = 64, 2
 MULTIPLIERS = 128  # threads
 MAX_GROUP = 32  # heads: more results than a thread has registers for
 MAX_REQUESTS = 1024  # which a block lists in its shared memory
+ANY_NUMBER = 1 << 30  # of tokens
 MOST_MERGED_LATER = 16  # requests: of more, blocks leave few parts each, and merge these themselves
 
 
@@ -67,7 +68,7 @@ class Args(ctypes.Structure):
         )),
         *((name, ctypes.c_int) for name in (
             "num_requests", "q_stride", "q_head_stride", "rope_stride", "rope_head_stride", "out_stride",
-            "table_stride", "cache_stride",
+            "table_stride", "cache_stride", "num_fresh",
         )),
         ("scale", ctypes.c_float),
     )  # fmt: skip
@@ -112,11 +113,20 @@ def decode(
             batch.rows.data_ptr(), batch.slot_table.data_ptr(), address(batch.slot_map), partial.data_ptr(),
             partial_lse.data_ptr(), arrivals.data_ptr(), num_requests, q.stride(0), q.stride(1), rotated.q.stride(0),
             rotated.q.stride(1), out.stride(0), batch.slot_table.stride(0), cache.stride(0) * cache.itemsize,
-            scale * LOG2_E,
+            num_fresh(batch), scale * LOG2_E,
         )  # fmt: skip
         _kernel(variant, q.device).launch(num_blocks, 1, variant.shared_bytes, (args,), q.device)
     if variant.is_merged_later:
         merge_parts(partial, partial_lse, batch, out, num_programs=num_blocks, block_n=TILE)
+
+
+def num_fresh(batch: AttentionBatch) -> int:
+    """Return how many of the last tokens that a single one sees the same step may write.
+
+    A request may read what another one of its step writes: of single tokens those that follow each other, of prompts
+    any number.
+    """
+    return batch.num_decodes if batch.num_decodes == len(batch.rows) else ANY_NUMBER
 
 
 @functools.cache

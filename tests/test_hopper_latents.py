@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,18 @@ from kernels import hopper_latents
 from kernels.attention import decodes_torch
 from kernels.card import HOPPER_SHARED_BYTES
 from kernels.hopper import is_available
-from kernels.hopper_latents import MAX_GROUP, MAX_REQUESTS, RANK, ROPE, TILE, Variant, can_decode, decode, source
+from kernels.hopper_latents import (
+    ANY_NUMBER,
+    MAX_GROUP,
+    MAX_REQUESTS,
+    RANK,
+    ROPE,
+    TILE,
+    Variant,
+    can_decode,
+    decode,
+    source,
+)
 from kernels.latents import Expansion, LatentSizes
 from kernels.mla import latent_attention_torch
 from kernels.triton_mla import latent_attention_triton
@@ -101,6 +113,21 @@ def test_it_leaves_more_requests_than_a_block_lists_to_triton(hopper: Any) -> No
 
 def test_a_cpu_has_other_kernels() -> None:
     assert not takes(make_batch([(1, 9)], seed=0, device="cpu"))
+
+
+@pytest.mark.parametrize(("prompts", "num_fresh"), [([], 3), ([(40, 100)], ANY_NUMBER)])
+def test_what_a_request_of_the_same_step_writes_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, prompts: list[tuple[int, int]], num_fresh: int
+) -> None:
+    launched: list[Any] = []
+    kernel = SimpleNamespace(launch=lambda _blocks, _split, _bytes, args, _device: launched.extend(args))
+    monkeypatch.setattr(hopper_latents, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(hopper_latents, "card_of", lambda _device: SimpleNamespace(num_sms=4))
+    monkeypatch.setattr(hopper_latents, "merge_parts", lambda *_, **_options: None)
+    batch = make_batch([(1, 129), (1, 130), (1, 131), *prompts], seed=0, device="cpu")
+    q, q_rope, cache = make_inputs(batch, 4, BF16, BF16)
+    decode(q, Rotated(q_rope, cache[:, 0, RANK:]), cache, batch, torch.empty_like(q), scale=0.1)
+    assert [args.num_fresh for args in launched] == [num_fresh]
 
 
 # ---- what it is compiled for ----
