@@ -126,19 +126,6 @@ __device__ __forceinline__ void decode(const unsigned char* codes, const unsigne
   }
 }
 
-__device__ __forceinline__ void read8(const void* from, u64 at, bool is_float, float (&values)[8]) {
-  if (is_float) {
-    const float4 a = *(const float4*)((const float*)from + at), b = *(const float4*)((const float*)from + at + 4);
-    values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-    values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
-    return;
-  }
-  const uint4 v = *(const uint4*)((const u16*)from + at);
-  const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) values[2 * i] = from_x((u16)words[i]), values[2 * i + 1] = from_x((u16)(words[i] >> 16));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     quantized_many(const __grid_constant__ Args args, const __grid_constant__ TensorMap x_map,
                    const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap p_map,
@@ -320,19 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const float4 f = load_sums(ring + 4 * (token * PITCH + row + 4 * h), s, split);
             values[4 * h] += f.x, values[4 * h + 1] += f.y, values[4 * h + 2] += f.z, values[4 * h + 3] += f.w;
           }
-        float factors[8];
-        if (GROUP == 0) {
-          read8(args.scale, weight_row, true, factors);
-#pragma unroll
-          for (int i = 0; i < 8; i++) values[i] *= factors[i];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] *= x_scale;
-        if (args.bias != nullptr) {
-          read8(args.bias, weight_row, args.is_bias_float, factors);
-#pragma unroll
-          for (int i = 0; i < 8; i++) values[i] += factors[i];
-        }
+        scale_and_add_bias(args, weight_row, x_scale, values);
       };
       if (args.is_gated) {
         const int gate = place / 64 * 128 + place % 64;

@@ -1,4 +1,4 @@
-// What `quantized_few.cu` and `quantized_many.cu` have in common; it is put in front of them.
+// What the kernels of `quantized_*.cu` have in common; it is put in front of them.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -172,6 +172,18 @@ __device__ __forceinline__ void decode_bytes(u32 word, u32& first, u32& second) 
   }
 }
 
+// d += 16 rows of the weight, 16 columns, times 8 tokens. A thread's d are tokens 2 t and 2 t + 1, of row r, then of r + 8.
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if (IS_HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // ---- shared parts ----
 
 __device__ __forceinline__ float param(const PARAM* p) {
@@ -187,3 +199,32 @@ __device__ __forceinline__ float activated(float x, int act) {
   return act == 4 ? x : x * x;
 }
 
+__device__ __forceinline__ void read8(const void* from, u64 at, bool is_float, float (&values)[8]) {
+  if (is_float) {
+    const float4 a = *(const float4*)((const float*)from + at), b = *(const float4*)((const float*)from + at + 4);
+    values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+    values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+    return;
+  }
+  const uint4 v = *(const uint4*)((const u16*)from + at);
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) values[2 * i] = from_x((u16)words[i]), values[2 * i + 1] = from_x((u16)(words[i] >> 16));
+}
+
+// Finish 8 sums of a token, from `row` of the weight on: their scales, where it has one a row, and their bias.
+__device__ __forceinline__ void scale_and_add_bias(const Args& args, int row, float x_scale, float (&values)[8]) {
+  float numbers[8];
+  if (GROUP == 0) {
+    read8(args.scale, row, true, numbers);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= numbers[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) values[i] *= x_scale;
+  if (args.bias != nullptr) {
+    read8(args.bias, row, args.is_bias_float, numbers);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] += numbers[i];
+  }
+}

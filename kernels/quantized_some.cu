@@ -55,17 +55,6 @@ __device__ __forceinline__ void load_matrices(u32 address, u32& a, u32& b, u32& 
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address) : "memory");
 }
-// d += 16 rows of the weight, 16 columns, times 8 tokens. A thread's d are tokens 2 t and 2 t + 1, of row r, then of r + 8.
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (IS_HALF)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // ---- parts of the kernel ----
 
@@ -172,19 +161,6 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
-__device__ __forceinline__ void read8(const void* from, u64 at, bool is_float, float (&values)[8]) {
-  if (is_float) {
-    const float4 a = *(const float4*)((const float*)from + at), b = *(const float4*)((const float*)from + at + 4);
-    values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-    values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
-    return;
-  }
-  const uint4 v = *(const uint4*)((const u16*)from + at);
-  const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) values[2 * i] = from_x((u16)words[i]), values[2 * i + 1] = from_x((u16)(words[i] >> 16));
-}
-
 // Write the outputs of a row block from `sums` [WARPS_K][TOKENS][PITCH].
 __device__ __forceinline__ void finish(const Args& args, int row_block, const float* sums) {
   const int out_n = args.is_gated ? args.n / 2 : args.n, out_rows = args.is_gated ? ROWS / 2 : ROWS, pieces = out_rows / 8;
@@ -203,19 +179,7 @@ __device__ __forceinline__ void finish(const Args& args, int row_block, const fl
           const float4 f = *(const float4*)(sums + (w * TOKENS + token) * PITCH + row + 4 * h);
           values[4 * h] += f.x, values[4 * h + 1] += f.y, values[4 * h + 2] += f.z, values[4 * h + 3] += f.w;
         }
-      float numbers[8];
-      if (GROUP == 0) {
-        read8(args.scale, weight_row, true, numbers);
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] *= numbers[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 8; i++) values[i] *= x_scale;
-      if (args.bias != nullptr) {
-        read8(args.bias, weight_row, args.is_bias_float, numbers);
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] += numbers[i];
-      }
+      scale_and_add_bias(args, weight_row, x_scale, values);
     };
     take(place, column, y);
     if (args.is_gated) {
