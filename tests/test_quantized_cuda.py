@@ -383,7 +383,7 @@ def test_a_configuration_of_some_tokens_changes_the_speed_only(config: tuple[int
                 rounded, options["x_scale"] = gpu._rounded(x, None, gpu.kind.input_dtype)
             arguments = gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208
             found = quantized_some.multiply_some(*arguments, config=SomeConfig(*config), **options)
-            assert_near(found, weight.product(x), 2e-2)
+            assert_near(found, weight.product(x), 2e-2 + 2 * torch.finfo(BF16).eps)
             again = quantized_some.multiply_some(*arguments, config=SomeConfig(*config), **options)
             assert torch.equal(found, again)
 
