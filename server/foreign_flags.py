@@ -108,27 +108,36 @@ def find(flag: str, table: Collection[ForeignFlag]) -> ForeignFlag | None:
 def with_objects(argv: Sequence[str]) -> list[str]:
     """Return a command line with vLLM's `--flag.key value`, of flags that take an object, as `--flag {...}`.
 
-    Raises `ValueError` for keys of what is no object.
+    Keys add to an object that is given whole, wherever it stands. Raises `ValueError` for keys of what is no object.
     """
     words, left = list[str](), list(argv)
-    objects: dict[str, dict[str, Any]] = {}
+    settings: list[tuple[list[str], str, Any]] = []
+    with_keys = {flag for flag, *keys in map(_path, argv) if keys and flag in OBJECT_FLAGS}
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")
-        flag, *keys = name.split(".")
-        flag = flag.replace("_", "-")
-        if not keys or flag not in OBJECT_FLAGS:
+        flag, *keys = _path(word)
+        if flag not in with_keys:
             words.append(word)
             continue
         if not equals:
             value = left.pop(0) if left and not FLAG.match(left[0]) else "true"
-        place = objects.setdefault(flag, {})
-        for key in keys[:-1]:
+        settings.append(([flag, *keys], name, _value(value)))
+    objects: dict[str, Any] = {}
+    for path, name, given in sorted(settings, key=lambda setting: len(setting[0]) > 1):
+        place = objects
+        for key in path[:-1]:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{name}: {key} is no object, it was said to be {json.dumps(place)}")
-        place[keys[-1]] = _value(value)
+                raise ValueError(f"{name}: {key.lstrip('-')} is no object, it was said to be {json.dumps(place)}")
+        place[path[-1]] = given
     return words + [word for flag, value in objects.items() for word in (flag, json.dumps(value))]
+
+
+def _path(word: str) -> list[str]:
+    """Return the flag that a word names, by its usual spelling, and the keys after it."""
+    flag, *keys = word.partition("=")[0].split(".")
+    return [flag.replace("_", "-"), *keys]
 
 
 def _value(text: str) -> Any:

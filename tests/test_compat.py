@@ -351,6 +351,14 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
             "--hf-overrides.rope_scaling.factor 2 --port 1 --hf-overrides.rope_scaling.rope_type linear",
             {"port": 1, "json_model_override_args": '{"rope_scaling": {"factor": 2, "rope_type": "linear"}}'},
         ),
+        (
+            '--hf-overrides.rope.factor 2 --hf-overrides {"rope":{"theta":1},"top":3} --port 1',
+            {"port": 1, "json_model_override_args": '{"rope": {"theta": 1, "factor": 2}, "top": 3}'},
+        ),
+        (
+            '--default-chat-template-kwargs={"a":1,"b":2} --default_chat_template_kwargs.b=3',
+            {"default_chat_template_kwargs": '{"a": 1, "b": 3}'},
+        ),
         ("--attention-backend FLASHINFER --numa-bind --renderer-num-workers 4", {"attention_backend": "flashinfer"}),
         (
             "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill breakable --cuda-graph-max-bs-decode 8",
@@ -381,6 +389,9 @@ def test_keys_of_a_value_that_is_no_object_are_refused(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         parse_args(["--hf-overrides.rope", "2", "--hf-overrides.rope.factor", "2"])
     assert "--hf-overrides.rope.factor: rope is no object, it was said to be 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["--hf-overrides.rope", "2", "--hf-overrides", "[1]"])
+    assert "--hf-overrides.rope: hf-overrides is no object, it was said to be [1]" in capsys.readouterr().err
 
 
 def test_a_flag_without_effect_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def named_event(value: dict[str, Any]) -> bytes:
 
 
 class Outlet(Protocol):
-    """What an answer writes its events to."""
+    """Take the events of an answer."""
 
     is_direct: bool  # a sink may write by itself: nothing is held that must go first
     wake: asyncio.Event  # to be set when something is held
