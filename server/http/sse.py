@@ -132,12 +132,15 @@ class EventStream:
             raise ConnectionResetError("the client has disconnected")
         self.transport = transport
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        opening = self._opening()
+        await asyncio.sleep(0)  # an idle engine launches the answers' step now: headers need not delay it
         response = web.StreamResponse(headers=self.headers)
         writer = await response.prepare(http_request)
         assert writer is not None
         writer.send_headers()
         self._is_chunked = http_request.version >= (1, 1)  # by prepare
-        self._look(FIRST_LOOK_S)
+        self.write(opening)
+        self._look_after(FIRST_LOOK_S)
         while True:
             await writer.drain()  # at once, unless the transport is full
             self.wake.clear()
@@ -159,9 +162,17 @@ class EventStream:
         is_long = source.ends_slowly and source.has_last
         return await asyncio.to_thread(source.take_held) if is_long else source.take_held()
 
+    def _opening(self) -> bytes:
+        """Return what can be said before the first token."""
+        return b"".join([source.open() for source in self.sources])
+
     def _look(self, delay: float) -> None:
-        """Write what can be said before the first token, and look again after `delay` seconds, or keep alive."""
-        self.write(b"".join([source.open() for source in self.sources]))
+        """Write what can be said by now, and look again after `delay` seconds."""
+        self.write(self._opening())
+        self._look_after(delay)
+
+    def _look_after(self, delay: float) -> None:
+        """Look after `delay` seconds, if there is more to say before the first token, or keep alive."""
         if delay < QUIET_S and any([source.is_opening for source in self.sources]):
             self._timer = asyncio.get_running_loop().call_later(delay, self._look, 2 * delay)
         else:
