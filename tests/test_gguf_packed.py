@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from gguf import GGMLQuantizationType
 
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.gguf_blocks import BLOCKS
+from engine.checkpoint.gguf_convert import read_ahead
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
@@ -346,3 +349,27 @@ def test_rows_that_are_no_whole_blocks_are_named(tmp_path: Path) -> None:
     config = EngineConfig(model_path=str(tmp_path / "model.gguf"), download_dir=str(tmp_path))
     with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight.* rows of 272, .* blocks of 32"):
         resolve_model(config)
+
+
+def test_a_tensor_is_made_while_the_one_before_is_written() -> None:
+    begun = [threading.Event() for _ in range(3)]
+
+    class Counted:
+        entries, num_bytes, bytes_read = (), 0, 0
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def read(self, *_: object) -> Iterator[torch.Tensor]:
+            begun[self.number].set()
+            yield torch.tensor(self.number)
+
+    sources: Any = [Counted(number) for number in range(3)]
+    written = []
+    with ThreadPoolExecutor(1) as pool:
+        for number, (source, values) in enumerate(read_ahead(sources, [], pool)):
+            assert source is sources[number]
+            written += [int(value) for value in values]
+            assert number == 2 or begun[number + 1].wait(60), "the next one waits for this one"
+            assert number > 0 or not begun[2].is_set(), "a third one is in memory"
+    assert written == [0, 1, 2]

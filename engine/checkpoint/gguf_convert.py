@@ -4,9 +4,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from kernels.quantized import Format, QuantizedWeight
 from kernels.weights import Part
 
 SHARD_BYTES = 4 << 30  # most bytes of a safetensors file
-CHUNK_ELEMENTS = 1 << 17  # unpacked or dequantized at once by a thread: they stay in its cache
+CHUNK_ELEMENTS = 1 << 20  # unpacked or dequantized at once by a thread: with fewer, threads wait for the interpreter
 MAX_THREADS = 8
 SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8",
@@ -267,7 +268,7 @@ def write_weights(
 ) -> None:
     """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several.
 
-    No more than one tensor is in memory at once. data: the model's files, uint8.
+    No more than two tensors are in memory at once. data: the model's files, uint8.
     """
     check_names(sources)
     shards = list(split_by_size(sources, SHARD_BYTES))
@@ -278,13 +279,30 @@ def write_weights(
             header = make_header(shard)
             with open(folder / file, "wb") as output:
                 output.write(len(header).to_bytes(8, "little") + header)
-                for source in shard:
-                    for weight in source.read(data, pool):
+                for source, weights in read_ahead(shard, data, pool):
+                    for weight in weights:
                         output.write(weight.view(torch.uint8).numpy().data)
                     advance(source.bytes_read)
             weight_map |= {entry.name: file for source in shard for entry in source.entries}
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def read_ahead(
+    sources: Sequence[Written], data: Sequence[np.ndarray], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Written, list[torch.Tensor]]]:
+    """Yield each source and the values of its entries; the next one's are made meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+
+        def begin(source: Written) -> Future[list[torch.Tensor]]:
+            return reader.submit(lambda: list(source.read(data, pool)))
+
+        coming = begin(sources[0])
+        for source, following in zip_longest(sources, sources[1:]):
+            weights = coming.result()
+            if following is not None:
+                coming = begin(following)
+            yield source, weights
 
 
 def make_header(shard: Sequence[Written]) -> bytes:
