@@ -1,8 +1,8 @@
 """Weights of few bits on a GPU.
 
-Few tokens take `quantized_few`; on Hopper a few of 4 bits take `quantized_some` and more `quantized_many`: all of them
-decode in registers. Still more take a product of 8 bits where inputs are rounded to them, else cuBLAS with a panel of
-rows at a time dequantized, which stays in the L2 cache.
+Few tokens take `quantized_few`; on Hopper several take `quantized_some` where their inputs are not rounded to 8 bits,
+and more take `quantized_many`: all of them decode in registers. Still more take a product of 8 bits where inputs are
+rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2 cache.
 """
 
 import functools
@@ -27,7 +27,7 @@ from kernels.weights import Norm, Weight
 
 # Where another kernel takes over, by the time of a layer of Llama-3-8B on an H200. `quantized_few` is the fastest up to
 # FEW_TOKENS; up to FEW_DECODED_TOKENS beside `quantized_many`, which of 8 bits by 8 takes all but single tokens, as
-# `quantized_some` does of 4 bits.
+# `quantized_some` does of codes in tiles.
 FEW_TOKENS = 16
 FEW_DECODED_TOKENS = 12
 DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing,

@@ -18,7 +18,8 @@
 //   HAS_DIGITS (inputs are digits), HELD_SCALES and HELD_RESIDUALS (that a block of one token keeps in shared memory),
 //   TOKENS (tiles of 8), TILES, WARPS_N, WARPS_K, STAGES.
 
-constexpr int STAGE_BYTES = TILES * (CODE_LOADS * 512 + GROUPS * 32 * PARAM_BYTES);  // of a warp
+constexpr int OWN_GROUPS = HAS_DIGITS ? 1 : GROUPS;  // of a thread and stage
+constexpr int STAGE_BYTES = TILES * (CODE_LOADS * 512 + OWN_GROUPS * 32 * PARAM_BYTES);  // of a warp
 constexpr int MAX_TOKENS = IS_ONE ? 1 : 8 * TOKENS;
 constexpr int ROWS = WARPS_N * TILES * 16, PITCH = ROWS + 4;  // of partial sums
 constexpr int SUMS = WARPS_K * MAX_TOKENS * PITCH;
@@ -61,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
   unsigned char* rings = shared + 128;                          // [WARPS][STAGES][STAGE_BYTES]
   float* own_sums = (float*)(rings + WARPS * STAGES * STAGE_BYTES);  // [2][SUMS] of one token
   u16* x = (u16*)(own_sums + (IS_ONE ? 2 * SUMS : 0));              // [T][x_stride]
-  float* x_scales = (float*)(x + args.num_tokens * args.x_stride);  // [1], [T][K / X_GROUP] or [K / CHUNK][2] of digits
-  float* held_scales = x_scales + (HAS_DIGITS ? 2 * (args.k / CHUNK) : X_GROUP ? args.num_tokens * (args.k / X_WIDTH) : 1);
+  float* x_scales = (float*)(x + args.num_tokens * args.x_stride);  // [1], [T][K / X_GROUP] or [K / PART][2] of digits
+  float* held_scales = x_scales + (HAS_DIGITS ? 2 * (args.k / PART) : X_GROUP ? args.num_tokens * (args.k / X_WIDTH) : 1);
   u16* held_residuals = (u16*)(held_scales + HELD_SCALES);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, t = lane % 4;
@@ -106,9 +107,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
         }
         if (GROUP != 0) {
 #pragma unroll
-          for (int i = 0; i < GROUPS; i++) {
-            const u32 group = GROUP < CHUNK ? request_chunk * GROUPS + i : request_chunk / GROUP_CHUNKS;
-            copy(slot + TILES * CODE_LOADS * 512 + (m * GROUPS + i) * 32 * PARAM_BYTES + PARAM_BYTES * lane,
+          for (int i = 0; i < OWN_GROUPS; i++) {
+            const int place = HAS_DIGITS ? t % GROUPS : i;
+            const u32 group = GROUP < CHUNK ? request_chunk * GROUPS + place : request_chunk / GROUP_CHUNKS;
+            copy(slot + TILES * CODE_LOADS * 512 + (m * OWN_GROUPS + i) * 32 * PARAM_BYTES + PARAM_BYTES * lane,
                  (const unsigned char*)args.params + (u64)(params[m] + group * 8) * PARAM_BYTES, PARAM_BYTES);
           }
         }
@@ -185,17 +187,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
       request();  // into the slot before this one, whose codes have been used
 
       if (HAS_DIGITS) {
-        const uint4 v = *(const uint4*)((const u32*)x + (chunk - block_chunk) * 32 + r % 2 * 16 + 4 * t);
-        const u32 digits[4] = {v.x, v.y, v.z, v.w};
+        u32 digits[4];
+        read_digits(x, chunk - block_chunk, digits);
 #pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-          for (int j = 0; j < 4; j += 2) {
-            const u32 a[4] = {words[m][j] & 0x0f0f0f0fu, words[m][j] >> 4 & 0x0f0f0f0fu, words[m][j + 1] & 0x0f0f0f0fu,
-                              words[m][j + 1] >> 4 & 0x0f0f0f0fu};
-            multiply(by_digits[m], a, digits[j], digits[j + 1]);
-          }
-        const float2 of_x = ((const float2*)x_scales)[chunk];
+        for (int m = 0; m < TILES; m++) multiply_digits(by_digits[m], words[m], digits);
+        const float2 of_x = ((const float2*)x_scales)[chunk * GROUPS + t % GROUPS];
         sum_of_x += of_x.x;
         if ((chunk + 1) * CHUNK % DIGIT_GROUP != 0 && chunk + 1 != end) continue;
 #pragma unroll
@@ -203,10 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
           const PARAM* p = (const PARAM*)(slot + TILES * CODE_LOADS * 512 + m * 32 * PARAM_BYTES + PARAM_BYTES * lane);
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const float scale = param(p + h), offset = OFFSET == NO_OFFSET ? MIDDLE : param(p + 2 + h);
-            float sum = (float)(256 * by_digits[m][2 * h] + by_digits[m][2 * h + 1]);
-            sum = OFFSET == MINIMUM ? sum * scale - offset * sum_of_x : (sum - offset * sum_of_x) * scale;
-            total[m][0][2 * h] += sum * of_x.y;
+            total[m][0][2 * h] += scaled_digits(by_digits[m][2 * h], by_digits[m][2 * h + 1], p + h, sum_of_x) * of_x.y;
             by_digits[m][2 * h] = by_digits[m][2 * h + 1] = 0;
           }
         }
@@ -276,6 +269,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
       }
     }
 
+    if (HAS_DIGITS)
+#pragma unroll
+      for (int m = 0; m < TILES; m++) total[m][0][0] = of_groups(total[m][0][0]), total[m][0][2] = of_groups(total[m][0][2]);
     float* sums = IS_ONE ? own_sums + turn % 2 * SUMS : (float*)rings;
     if (!IS_ONE) {
       asm volatile("cp.async.wait_all;" ::: "memory");
@@ -289,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
         for (int c = 0; c < 4; c++) {
           const int row = (warp_n * TILES + m) * 16 + r + 8 * (c / 2), token = 8 * i + 2 * t + c % 2;
           if (token < MAX_TOKENS)
-            sums[(warp_k * MAX_TOKENS + token) * PITCH + row] = GROUP == 0 ? partial[m][i][c] : total[m][i][c];
+            sums[(warp_k * MAX_TOKENS + token) * PITCH + row] = GROUP == 0 && !HAS_DIGITS ? partial[m][i][c] : total[m][i][c];
         }
     sync_cluster(args.split);
 

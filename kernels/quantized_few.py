@@ -212,6 +212,7 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
         "IS_CHAIN": 0,
         "IS_DIRECT": 0,
         "HAS_DIGITS": int(token_tiles == 0 and has_digits(kind)),
+        "HAS_SIGNS": int(kind.bits == 8),
         "HELD_SCALES": 0 if kind.group_size or token_tiles else HELD_SCALES,
         "HELD_RESIDUALS": 0 if token_tiles else HELD_RESIDUALS,
         "TOKENS": max(token_tiles, 1),
@@ -232,11 +233,12 @@ def _most_columns(config: FewConfig, kind: Kind, k: int) -> int:
 def shared_bytes_of(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int:
     warps = config.warps_n * config.warps_k
     max_tokens = 1 if num_tokens == 1 else 8 * token_tiles_of(num_tokens)
-    rings = warps * config.stages * kind.stage_bytes(config.tiles)
+    is_by_digits = num_tokens == 1 and has_digits(kind)
+    rings = warps * config.stages * kind.stage_bytes(config.tiles, 1 if is_by_digits else None)
     x = 2 * num_tokens * (_most_columns(config, kind, k) + 8)
     group = kind.form.input_group if kind.form.inputs else 0
-    if num_tokens == 1 and has_digits(kind):
-        x_scales = 8 * (k // CHUNK)  # the sum of each chunk, and its unit
+    if is_by_digits:
+        x_scales = 8 * max(1, kind.groups_of_tile) * (k // CHUNK)  # the sum of each chunk and group, and its unit
     else:
         x_scales = 4 * num_tokens * (k // group if group else 1)
     sums = 4 * config.warps_k * max_tokens * (16 * config.warps_n * config.tiles + 4)
@@ -249,7 +251,7 @@ def shared_bytes_of(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> i
 def has_digits(kind: Kind) -> bool:
     """Return whether a single token is multiplied as integers of two digits."""
     form = kind.form
-    return form.code == "int4" and form.table is None and form.inputs is None and kind.group_size >= CHUNK
+    return form.code in ("int4", "int8") and kind.is_tiled and form.table is None and form.inputs is None
 
 
 @functools.lru_cache(4096)

@@ -62,13 +62,19 @@ class Kind:
             return 0
         return (4 if self.form.has_zero or self.form.has_minimum else 2) * self.parameter_dtype.itemsize
 
-    def stage_bytes(self, tiles: int) -> int:
-        """Return the shared memory of one stage of a warp."""
-        return tiles * (self.tile_bytes + 32 * self.groups_of_tile * self.parameter_bytes)
+    def stage_bytes(self, tiles: int, groups: int | None = None) -> int:
+        """Return the shared memory of one stage of a warp. groups: that each thread has parameters of."""
+        groups = self.groups_of_tile if groups is None else min(groups, self.groups_of_tile)
+        return tiles * (self.tile_bytes + 32 * groups * self.parameter_bytes)
 
 
 def source_of(kind: Kind, defines: Mapping[str, object], *files: str) -> str:
     """Return a kernel's source for NVRTC: `files`, with `defines` and what describes `kind` in front."""
+    return joined(defines_of(kind) | dict(defines), "quantized_parts.cu", *files)
+
+
+def defines_of(kind: Kind) -> dict[str, object]:
+    """Return what describes `kind` to kernels."""
     form = kind.form
     table = (0.0,) * 16 if form.table is None else TABLES[form.table]
     bits = torch.tensor(table).to(kind.input_dtype).view(torch.int16).tolist()
@@ -88,7 +94,7 @@ def source_of(kind: Kind, defines: Mapping[str, object], *files: str) -> str:
         "ROUND": ROUNDS[form.inputs],
         "X_GROUP": form.input_group if form.inputs else 0,
     }
-    return joined(every | dict(defines), "quantized_parts.cu", *files)
+    return every
 
 
 def _words_of_bytes(numbers: list[int]) -> str:
@@ -104,7 +110,7 @@ class Args(ctypes.Structure):
         )),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "n", "k", "num_groups", "x_stride", "split", "act", "is_gated", "is_out_float",
-            "is_norm_float", "is_bias_float", "first",
+            "is_norm_float", "is_bias_float", "first", "kind",
         )),
         ("eps", ctypes.c_float),
     )  # fmt: skip

@@ -1,22 +1,30 @@
 // How `quantized_few.cu` and `quantized_chain.cu` read the inputs of a single token.
 //
-// Plain 4-bit codes meet a single token as integers: half the instructions decode them, and half as many multiply. Inputs
-// are two digits of 8 bits, 256 high + low, in units of a 32,512th of the largest of 128 neighbours (or of 64): what that
-// loses is a 128th of what bfloat16 loses of the largest. The digits take two of the tensor cores' 8 columns.
+// Plain 4-bit codes meet a single token as integers: half the instructions decode them, and half as many multiply; those of
+// 8 bits need no decoding at all. Inputs are two digits of 8 bits, 256 high + low, in units of a 32,512th of the largest of
+// 128 neighbours (or of 64): what that loses is a 128th of what bfloat16 loses of the largest. The digits take two of the
+// tensor cores' 8 columns; where a chunk has several groups, each has two columns of its own, with zeros for the others.
 
 constexpr int WARPS = WARPS_N * WARPS_K, THREADS = 32 * WARPS;  // that multiply
 constexpr int X_WIDTH = X_GROUP ? X_GROUP : 1;
 constexpr int HELD = 4, NORMED = 2;  // pieces of 8 inputs that a thread of one token holds at most, with a norm
 constexpr int DIGIT_GROUP = GROUP % 128 ? CHUNK : 128;  // inputs that share a unit, and weights scales
 constexpr float DIGITS_MAX = 32512.0f;                  // 127 * 256
+constexpr int PART = CHUNK / GROUPS;                    // inputs of a chunk and a group
 
 // ---- instructions ----
 
-// Codes without a sign by digits with one.
+// Codes, of 4 bits without a sign, by digits with one.
 __device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if HAS_SIGNS
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 // The larger number, or NaN if one is.
@@ -130,6 +138,44 @@ __device__ __forceinline__ void put(u16* to, int k, const u32 (&words)[4]) {
   for (int t = 0; t < 4; t++) *(u32*)(to + k / CHUNK * CHUNK + 16 * t + k % CHUNK / 4) = words[t];
 }
 
+// What a thread's column of a product takes of a chunk: its digit of the inputs of its group.
+__device__ __forceinline__ void read_digits(const u16* x, int chunk, u32 (&digits)[4]) {
+  const int column = threadIdx.x % 32 / 4;
+  const uint4 v = *(const uint4*)((const u32*)x + chunk * 32 + column % 2 * 16 + threadIdx.x % 4 * 4);
+  const u32 all[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < 4; j++) digits[j] = all[j] & (j * GROUPS / 4 == column / 2 % GROUPS ? ~0u : 0u);
+}
+
+// Multiply a tile's codes of a chunk by digits.
+__device__ __forceinline__ void multiply_digits(int (&d)[4], const u32 (&words)[4 * CODE_LOADS], const u32 (&digits)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    u32 a[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      a[2 * i] = CODE == INT4 ? words[j + i] & 0x0f0f0f0fu : words[j + i];
+      a[2 * i + 1] = CODE == INT4 ? words[j + i] >> 4 & 0x0f0f0f0fu : words[4 * (CODE_LOADS - 1) + j + i];
+    }
+    multiply(d, a, digits[j], digits[j + 1]);
+  }
+}
+
+// Return what digits' sums, of the high ones and of the low ones, stand for with a group's scale and offset.
+__device__ __forceinline__ float scaled_digits(int high, int low, const PARAM* p, float sum_of_x) {
+  const float sum = (float)(256 * high + low);
+  if (GROUP == 0) return sum - MIDDLE * sum_of_x;
+  const float scale = param(p), offset = OFFSET == NO_OFFSET ? MIDDLE : param(p + 2);
+  return OFFSET == MINIMUM ? sum * scale - offset * sum_of_x : (sum - offset * sum_of_x) * scale;
+}
+
+// Add up what the threads of a row have of a chunk's groups.
+__device__ __forceinline__ float of_groups(float sum) {
+#pragma unroll
+  for (int i = GROUPS / 2; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  return sum;
+}
+
 #if IS_DIRECT
 // Put eight inputs from k on as codes, 16 of a chunk next to those of the other chunk of a pair.
 __device__ __forceinline__ void put_codes(u16* to, int k, const float (&values)[8], float inverse) {
@@ -146,9 +192,10 @@ __device__ __forceinline__ void put_codes(u16* to, int k, const float (&values)[
 #endif
 
 // Put eight inputs from k on as digits: of each chunk, digit and thread t of four the words of 4 steps, whose bytes are
-// columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16. chunks: the sum of each chunk's inputs in units, and the unit. A warp
-// calls this with all of its threads, 256 inputs that follow each other.
-__device__ __forceinline__ void put_digits(u16* to, float2* chunks, int k, int first, bool is_in, const float (&values)[8]) {
+// columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16, as in codes of 4 bits, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. parts: the
+// sum of each part's inputs in units, and the unit. A warp calls this with all of its threads, 256 inputs that follow each
+// other.
+__device__ __forceinline__ void put_digits(u16* to, float2* parts, int k, int first, bool is_in, const float (&values)[8]) {
   float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; i++) largest = larger(largest, fabsf(values[i]));
@@ -167,7 +214,8 @@ __device__ __forceinline__ void put_digits(u16* to, float2* chunks, int k, int f
     sum = add_halves(pairs[i / 2], sum);
   }
 #pragma unroll
-  for (int i = 4; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  for (int i = PART / 16; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  constexpr u32 HIGH = CODE == INT4 ? 0x7351u : 0x7531u, LOW = CODE == INT4 ? 0x6240u : 0x6420u;
   const int at = k - first;
   u32* words = (u32*)to + at / CHUNK * 32 + is_second * 8 + at % CHUNK / 16;
 #pragma unroll
@@ -175,9 +223,9 @@ __device__ __forceinline__ void put_digits(u16* to, float2* chunks, int k, int f
     const u32 own = is_second ? pairs[2 + i] : pairs[i];
     const u32 other = __shfl_xor_sync(~0u, is_second ? pairs[i] : pairs[2 + i], 1);
     const u32 even = is_second ? other : own, odd = is_second ? own : other;
-    if (is_in) words[4 * i] = bytes_of(even, odd, 0x7351u), words[16 + 4 * i] = bytes_of(even, odd, 0x6240u) ^ 0x80808080u;
+    if (is_in) words[4 * i] = bytes_of(even, odd, HIGH), words[16 + 4 * i] = bytes_of(even, odd, LOW) ^ 0x80808080u;
   }
-  if (is_in && k % CHUNK == 0) chunks[k / CHUNK] = make_float2((float)sum, largest / DIGITS_MAX);
+  if (is_in && k % PART == 0) parts[k / PART] = make_float2((float)sum, largest / DIGITS_MAX);
 }
 
 // Put columns [first, first + num) of the only token into `to`, and its scales of all columns into `scales`.

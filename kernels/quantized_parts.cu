@@ -17,6 +17,7 @@ struct Args {
   u64* arrivals;  // of blocks at a chain's products
   int num_tokens, n, k, num_groups, x_stride, split, act, is_gated, is_out_float, is_norm_float, is_bias_float;
   int first;  // the multiprocessor that has a product's first rows, of a chain
+  int kind;   // of a chain's
   float eps;
 };
 
@@ -151,9 +152,13 @@ __device__ __forceinline__ void decode_bytes(u32 word, u32& first, u32& second) 
     const u32 shifted = word ^ 0x80808080u;
     first = fma_pair(bytes_of(shifted, 0x64646464u, 0x4140u), both(0x3c00), both(0xe480));
     second = fma_pair(bytes_of(shifted, 0x64646464u, 0x4342u), both(0x3c00), both(0xe480));
-  } else if (CODE == INT8) {
-    first = pair_of_floats((float)(signed char)word, (float)(signed char)(word >> 8));
-    second = pair_of_floats((float)(signed char)(word >> 16), (float)(signed char)(word >> 24));
+  } else if (CODE == INT8) {  // 128 and the code's last 7 bits, less 128, or 256 if it is negative
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 spread = bytes_of(word, 0, i ? 0x4342u : 0x4140u);
+      (i ? second : first) =
+          fma_pair(and_or(spread, 0x007f007fu, 0x43004300u), both(0x3f80), and_or(spread, 0x00800080u, 0xc300c300u));
+    }
   } else {
 #if __CUDA_ARCH__ >= 890
     if (IS_HALF) {

@@ -1,4 +1,4 @@
-// out = residual + act(x W^T + bias) of 2 to 32 tokens x [T, K] and a weight of 4 bits in tiles, on Hopper.
+// out = residual + act(x W^T + bias) of 2 to 32 tokens x [T, K] and a weight of few bits in tiles, on Hopper.
 //
 // What so few tokens cost beyond reading the codes is instructions, so as few as possible meet a code: it is decoded to the
 // integer that it is, exactly, and scales meet the sums of a group's columns.
@@ -18,7 +18,7 @@ constexpr int BLOCK_TILES = TILES * WARPS_N, ROWS = 16 * BLOCK_TILES, PITCH = RO
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int STAGE_CHUNKS = 2 * WARPS_K;
 constexpr int X_BYTES = STAGE_CHUNKS * TOKENS * 128;
-constexpr int TILE_BYTES = STAGE_CHUNKS * 512;
+constexpr int CHUNK_BYTES = CODE_LOADS * 512, TILE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
 constexpr int W_BYTES = BLOCK_TILES * TILE_BYTES;
 constexpr int STAGE_GROUPS = GROUP == 0                            ? 0
                              : GROUPS > 1                          ? STAGE_CHUNKS * GROUPS
@@ -78,9 +78,14 @@ __device__ __forceinline__ void read_params(const unsigned char* p, float (&scal
   }
 }
 
-// Decode a word: two columns of rows r and r + 8, and two more.
-__device__ __forceinline__ void decode(u32 word, const u32 (&zeros)[2], u32 (&a)[4]) {
-  decode_int4<IS_RAW>(word, a);
+// Decode a step of a tile: two columns of rows r and r + 8, and two more.
+__device__ __forceinline__ void decode(const u32 (&words)[4 * CODE_LOADS], int step, const u32 (&zeros)[2], u32 (&a)[4]) {
+  if (CODE == INT4) {
+    decode_int4<IS_RAW>(words[step], a);
+  } else {
+    decode_bytes(words[step], a[0], a[2]);
+    decode_bytes(words[4 * (CODE_LOADS - 1) + step], a[1], a[3]);
+  }
   if (OFFSET != ZERO) return;
 #pragma unroll
   for (int i = 0; i < 4; i++) a[i] = fma_pair(a[i], both(IS_HALF ? 0x3c00 : 0x3f80), zeros[i % 2]);
@@ -98,12 +103,15 @@ __device__ __forceinline__ void multiply_stage(
 #pragma unroll
   for (int c = 0; c < 2; c++) {
     const int chunk = first_chunk + c;
-    u32 words[TILES][4], x[TOKEN_TILES][8];
+    u32 words[TILES][4 * CODE_LOADS], x[TOKEN_TILES][8];
 #pragma unroll
-    for (int m = 0; m < TILES; m++) {
-      const uint4 v = *(const uint4*)(slot + X_BYTES + (first_tile + m) * TILE_BYTES + chunk * 512 + 16 * lane);
-      words[m][0] = v.x, words[m][1] = v.y, words[m][2] = v.z, words[m][3] = v.w;
-    }
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int i = 0; i < CODE_LOADS; i++) {
+        const unsigned char* codes = slot + X_BYTES + (first_tile + m) * TILE_BYTES + chunk * CHUNK_BYTES;
+        const uint4 v = *(const uint4*)(codes + i * 512 + 16 * lane);
+        words[m][4 * i] = v.x, words[m][4 * i + 1] = v.y, words[m][4 * i + 2] = v.z, words[m][4 * i + 3] = v.w;
+      }
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++)
 #pragma unroll
@@ -137,7 +145,7 @@ __device__ __forceinline__ void multiply_stage(
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
         u32 a[4];
-        decode(words[m][j], zeros[m], a);
+        decode(words[m], j, zeros[m], a);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES; i++)
           multiply(GROUP == 0 ? total[m][i] : partial[m][i], a, x[i][2 * j], x[i][2 * j + 1]);
@@ -242,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             load3(to, &x_map, 0, 0, begin, barrier);
             continue;
           }
-          load4(to + X_BYTES, &w_map, 0, begin * 512 / PIECE_BYTES, tile, 0, barrier);
+          load4(to + X_BYTES, &w_map, 0, begin * CHUNK_BYTES / PIECE_BYTES, tile, 0, barrier);
           if (P_BYTES) load3(to + X_BYTES + W_BYTES, &p_map, group_of(begin) * 8 * PARAM_BYTES / 4, tile, 0, barrier);
         }
     return;

@@ -1,4 +1,4 @@
-"""Products of a weight of 4 bits and 2 to 32 tokens, on Hopper: a decode step of several streams.
+"""Products of a weight of few bits and 2 to 32 tokens, on Hopper: a decode step of several streams.
 
 `quantized_some.cu` says how.
 """
@@ -51,7 +51,7 @@ SOME_CONFIGS = Configs("quantized_some", SomeConfig, default_config)  # by (rows
 
 def fits_some(kind: Kind, num_rows: int, act: str | None, num_tokens: int, device: torch.device) -> bool:
     """Return whether `multiply_some` takes a weight and so many tokens."""
-    is_known = kind.is_tiled and kind.bits == 4 and not kind.form.input_group
+    is_known = kind.is_tiled and not kind.form.input_group
     is_right_number = 1 < num_tokens <= MOST_TOKENS[-1]
     return is_known and is_right_number and num_rows % (32 if act else 8) == 0 and is_available(device)
 

@@ -323,6 +323,7 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     kinds = {
         "awq": Kind(Format("int4", 128, has_zero=True, scale_dtype=half), wide, True, 128, half),
         "mxfp4": Kind(Format("int4", 32, table="fp4", scale_dtype=wide), wide, True, 32, wide),
+        "q6_k": Kind(Format("int8", 16, scale_dtype=half), wide, True, 16, half),
         "fp8": Kind(Format("fp8", inputs="fp8"), wide, False, 0, F32),
         "fp8 blocks": Kind(Format("fp8", 128, inputs="fp8", input_group=128), wide, False, 128, F32),
         "int8 of float16": Kind(Format("int8", inputs="int8"), half, False, 0, F32),
@@ -335,14 +336,15 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
                 room = quantized_few.shared_bytes_of(config, kind, max(1, 8 * token_tiles), k)
                 text = quantized_few.source(kind, token_tiles, config)
                 yield f"quantized_few {name} {config}", text, card.architecture, room
-        yield from chain_sources(name, kind, k, card)
+        yield from chain_sources(name, (kind,), k, card)
         for most_tokens in quantized_many.MOST_TOKENS if card.is_hopper else ():
             many = quantized_many.default_config(num_rows, k, kind.bits, most_tokens, 0)
             many = quantized_many.fitting(many, kind, k)
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
-        yield from some_sources(name, kind, num_rows, k) if card.is_hopper and kind.bits == 4 else ()
+        yield from some_sources(name, kind, num_rows, k) if card.is_hopper and kind.is_tiled else ()
+    yield from chain_sources("awq and q6_k", (kinds["awq"], kinds["q6_k"]), k, card)
     for tiling in fp4_experts.TILINGS.values() if card.is_hopper else ():
         yield f"fp4_experts {tiling}", tiling.source("clamped_swiglu"), ARCHITECTURE, tiling.shared_bytes
     prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
@@ -384,11 +386,11 @@ def few_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             yield f"few_gemm {tokens} {few}", text, ARCHITECTURE, few_gemm.shared_bytes(tokens, few, act is not None)
 
 
-def chain_sources(name: str, kind: Kind, k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:
-    can_chain = card.is_hopper and quantized_chain.is_chained(kind)
-    config = quantized_chain.chain_config(kind, k, torch.device("meta")) if can_chain else None
+def chain_sources(name: str, kinds: tuple[Kind, ...], k: int, card: Card) -> Iterator[tuple[str, str, str, int]]:
+    can_chain = card.is_hopper and all(map(quantized_chain.is_chained, kinds))
+    config = quantized_chain.chain_config(kinds, k, torch.device("meta")) if can_chain else None
     if config is not None:
-        text, room = quantized_chain.source(kind, config, 4), quantized_chain.shared_bytes(kind, config, k)
+        text, room = quantized_chain.source(kinds, config, 4), quantized_chain.shared_bytes(kinds, config, k)
         yield f"quantized_chain {name} {config}", text, ARCHITECTURE, room
 
 

@@ -16,7 +16,15 @@ from kernels import quantized_chain
 from kernels.card import HOPPER_SHARED_BYTES
 from kernels.hopper import is_available
 from kernels.quantized import QuantizedWeight
-from kernels.quantized_chain import ChainConfig, ChainedProduct, can_chain, chain_config, multiply_chain, shared_bytes
+from kernels.quantized_chain import (
+    ChainConfig,
+    ChainedProduct,
+    can_chain,
+    chain_config,
+    kinds_of,
+    multiply_chain,
+    shared_bytes,
+)
 from tests.cards import CARDS
 from tests.test_dense import Norm
 from tests.test_kernels import DEVICE, randn
@@ -30,7 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 8},
 }
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
-CHAINED = ["int4 g128", "int4 zero", "fp8 x fp8", "fp8 x fp8 static", "int8 x int8"]
+CHAINED = ["int4 g128", "int4 zero", "fp8 x fp8", "fp8 x fp8 static", "int8 x int8", "int4 minimum", "int4 g32"]
+CHAINED += ["int8 row", "int8 g16", "int8 zero", "int4 minimum, int4 minimum, int8 g16, int8 minimum"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def folders(make_tiny_model: MakeTinyModel) -> dict[str, Path]:
     }
 
 
-def one_after_another(products: Sequence[ChainedProduct], _arrivals: torch.Tensor) -> None:
+def one_after_another(products: Sequence[ChainedProduct], _arrivals: torch.Tensor, **_options: Any) -> None:
     for weight, x, out, bias, norm, act, is_sum in products:
         residual = out.clone() if is_sum else None
         out.copy_(weight.product(x, bias=bias, norm=norm, act=act, residual=residual))
@@ -57,6 +66,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chained, "CudaQuantizedWeight", QuantizedWeight)
     monkeypatch.setattr(chained, "can_chain", lambda *_: True)
     monkeypatch.setattr(chained, "multiply_chain", one_after_another)
+    monkeypatch.setattr(chained, "kinds_of", lambda _: ())
 
 
 def engine_of(folder: Path, quantization: str | None = "int4") -> Any:
@@ -89,7 +99,7 @@ def test_other_blocks_and_weights_are_not_chained(folders: dict[str, Path], monk
     assert ChainedSteps.of(engine_of(folders["Llama"]).model, device) is None
 
 
-def test_weights_of_one_kind_are_chained_where_a_block_has_room(
+def test_weights_of_kinds_in_tiles_are_chained_where_a_block_has_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     device = torch.device(DEVICE)
@@ -101,23 +111,27 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(
     pair = [packed(make_weight(FORMS["int4 zero"], 64, k, BF16)) for k in (256, 512)]
     assert can_chain(pair, device)
     other = packed(make_weight(FORMS["int4 g128"], 64, 256, BF16))
-    assert not can_chain([*pair, other], device), "a kernel is of one kind"
+    assert can_chain([*pair, other], device)
+    assert not can_chain([*pair, packed(make_weight(FORMS["nf4"], 64, 256, BF16))], device), "no integers"
     assert not can_chain([*pair, packed(make_weight(FORMS["int4 order"], 64, 256, BF16))], device)
     assert not can_chain([pair[0], packed(make_weight(FORMS["int4 zero"], 64, 128, BF16))], device), "they are small"
     assert not can_chain([packed(make_weight(FORMS["fp8 x fp8 blocks"], 64, 256, BF16))], device)
     rounded = [packed(make_weight(FORMS["fp8 x fp8"], 64, k, BF16)) for k in (256, 512, 320)]
     assert can_chain(rounded[:2], device)
+    assert not can_chain([pair[0], rounded[0]], device), "a ring has tiles or rows"
     assert not can_chain(rounded, device), "a warpgroup multiplies 128 columns"
     assert not can_chain([packed(make_weight(FORMS["int4 zero"], 64, k, torch.float32)) for k in (256, 512)], device)
     (tmp_path / "control").touch()
     assert not can_chain(pair, device), "another process may have a chain, too"
     (tmp_path / "control").unlink()
-    for kind in (pair[0].kind, rounded[0].kind):
+    finest = packed(make_weight(FORMS["int8 g16"], 64, 256, BF16))
+    for weights in ([pair[0]], [rounded[0]], [finest], [pair[0], finest]):
+        kinds = kinds_of(weights)
         for k in (4096, 14336, 28672):
-            config = chain_config(kind, k, device)
+            config = chain_config(kinds, k, device)
             assert config is not None
-            assert shared_bytes(kind, config, k) <= HOPPER_SHARED_BYTES
-    assert chain_config(pair[0].kind, 1 << 17, device) is None
+            assert shared_bytes(kinds, config, k) <= HOPPER_SHARED_BYTES
+    assert chain_config((pair[0].kind,), 1 << 17, device) is None
     for capability in (80, 100):
         monkeypatch.setattr(quantized_chain, "card_of", lambda _, card=CARDS[capability]: card)
         assert not can_chain(pair, device)
@@ -131,7 +145,9 @@ def test_weights_of_one_kind_are_chained_where_a_block_has_room(
 def test_a_chain_is_its_products_one_after_another(name: str, dtype: torch.dtype) -> None:
     hidden, inner = 1024, 1408
     shapes = (hidden, 512), (2 * inner, hidden), (hidden, inner), (1536, hidden)
-    plain = [make_weight(FORMS[name], n, k, dtype) for n, k in shapes]
+    forms = [FORMS[form] for form in name.split(", ")]
+    forms = forms if len(forms) > 1 else 4 * forms
+    plain = [make_weight(form, n, k, dtype) for form, (n, k) in zip(forms, shapes, strict=True)]
     chained_weights = [packed(weight) for weight in plain]
     norms = [Norm(randn(hidden, dtype=dtype)), Norm(randn(hidden))]
     x, h, bias = randn(1, 512, dtype=dtype), randn(1, hidden, dtype=dtype), randn(1536, dtype=dtype)

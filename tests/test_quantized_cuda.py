@@ -52,6 +52,7 @@ ROUNDED = {
     "int4 x fp8": Format("int4", 128, inputs="fp8", scale_dtype=F16),
 }
 FORMS = WEIGHT_ONLY | ROUNDED
+TILED = [name for name in FORMS if FORMS[name].code == "int4" or name in WEIGHT_ONLY]
 
 
 def make_weight(form: Format, n: int, k: int, dtype: torch.dtype = F32) -> QuantizedWeight:
@@ -268,14 +269,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].code == "int4" and "order" not in name])
+@pytest.mark.parametrize("name", [name for name in TILED if "order" not in name])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_stage_of_some_tokens_is_what_a_copy_may_be(name: str, shape: tuple[int, int]) -> None:
     form, (num_rows, k) = FORMS[name], shape
     kind = Kind(form, BF16, True, form.group_size, F32)
     for most_tokens in quantized_some.MOST_TOKENS:
         for is_gated in (0, 1):
-            config = quantized_some.default_config(num_rows, k, 4, most_tokens, is_gated)
+            config = quantized_some.default_config(num_rows, k, kind.bits, most_tokens, is_gated)
             config = quantized_some.fitting(config, kind, most_tokens)
             assert config.stages >= 2 and config.warps_k >= 1
             assert config.tiles * config.warps_n % (1 + is_gated) == 0
@@ -347,7 +348,7 @@ def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: py
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].code == "int4"])
+@pytest.mark.parametrize("name", TILED)
 def test_products_of_some_tokens_are_the_definition_s(name: str, dtype: torch.dtype) -> None:
     form = FORMS[name]
     for n, k in ((96, 1024), (4096, 2048), (576, 640), (14336, 512)):
@@ -371,7 +372,7 @@ def test_products_of_some_tokens_are_the_definition_s(name: str, dtype: torch.dt
     "config", [(1, 1, 1, 2), (7, 2, 4, 2), (3, 1, 8, 3), (1, 3, 4, 6), (2, 2, 2, 5), (13, 1, 2, 2)]
 )
 def test_a_configuration_of_some_tokens_changes_the_speed_only(config: tuple[int, ...]) -> None:
-    for name in ("int4 zero", "int4 g128", "int4 minimum", "int4 row", "nvfp4", "int4 x fp8"):
+    for name in ("int4 zero", "int4 g128", "int4 minimum", "int4 row", "nvfp4", "int4 x fp8", "int8 g16", "int8 zero"):
         weight = make_weight(FORMS[name], 208, 1152, BF16)
         gpu = packed(weight)
         if not is_available(gpu.codes.device):

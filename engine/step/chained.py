@@ -13,17 +13,21 @@ from engine.layers.forward_batch import ForwardBatch
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM, Decoder
 from engine.step.plain_blocks import PlainBlock, plain_blocks
-from kernels.quantized_chain import ChainedProduct, can_chain, multiply_chain
+from kernels.quantized_chain import ChainedProduct, can_chain, kinds_of, multiply_chain
 from kernels.quantized_cuda import CudaQuantizedWeight
+from kernels.quantized_kernel import Kind
 
 
 class ChainedSteps:
     """The blocks of a model for a single token."""
 
-    def __init__(self, decoder: Decoder, blocks: list[PlainBlock], device: torch.device) -> None:
-        """blocks: those of `decoder`, in their order."""
+    def __init__(
+        self, decoder: Decoder, blocks: list[PlainBlock], kinds: tuple[Kind, ...], device: torch.device
+    ) -> None:
+        """blocks: those of `decoder`, in their order. kinds: of all weights, so that all layers have one kernel."""
         self._decoder = decoder
         self._blocks = dict(zip(decoder.layers, blocks, strict=True))
+        self._kinds = kinds
         self._arrivals = torch.zeros(1, dtype=torch.int64, device=device)
 
     @staticmethod
@@ -36,7 +40,7 @@ class ChainedSteps:
         weights = [linear.weight for linear in linears if isinstance(linear.weight, CudaQuantizedWeight)]
         if len(weights) < len(linears) or not can_chain(weights, device):
             return None
-        return ChainedSteps(model.model, blocks, device)
+        return ChainedSteps(model.model, blocks, kinds_of(weights), device)
 
     def take(self, batch: ForwardBatch) -> bool:
         """Return whether `batch` is such a step."""
@@ -59,7 +63,7 @@ class ChainedSteps:
             if after is not None:
                 qkv = h.new_empty(1, after.attn.qkv_proj.weight.n)
                 products.append(_product(after.attn.qkv_proj, h, qkv, norm=after.first_norm))
-            multiply_chain(products, self._arrivals)
+            multiply_chain(products, self._arrivals, kinds=self._kinds)
         return self._decoder.norm(h)
 
 
