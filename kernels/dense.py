@@ -255,5 +255,6 @@ def _kernel_for_few(
         return None
     from kernels.triton_skinny import fits_skinny, skinny_gemm
 
-    can_run = x.dtype.itemsize == 2 and fits_skinny(x.shape[1]) and x.is_contiguous() and weight.is_contiguous()
+    fits = fits_skinny(x.shape[1], is_small=weight.numel() <= ROUTER_WEIGHT)
+    can_run = x.dtype.itemsize == 2 and fits and x.is_contiguous() and weight.is_contiguous()
     return skinny_gemm if can_run else None

@@ -20,6 +20,7 @@ from kernels.tuning import Configs
 MIN_BLOCK_T = 16  # rows of a tensor core's matrix
 MOST_TOGETHER, MOST_TOKENS = 32, 256  # tokens that a program takes; that programs of 16 share out, of small weights
 MIN_BLOCK_K = 64
+ALIGNED = 8  # columns that are copied together
 PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
 
 
@@ -38,7 +39,9 @@ class SkinnyConfig(NamedTuple):
 
 
 def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
-    """Return the configuration of shapes that no table has; it divides every K that `fits_skinny` takes."""
+    """Return the configuration of shapes that no table has; it divides every K of whole pieces."""
+    if k % (2 * MIN_BLOCK_K):
+        return SkinnyConfig(8, MIN_BLOCK_K, 4, 6)
     num_warps = 4 if k % (4 * MIN_BLOCK_K) == 0 else 2
     if block_t <= MIN_BLOCK_T or k % (2 * MIN_BLOCK_K * num_warps):
         return SkinnyConfig(16, MIN_BLOCK_K, num_warps, 6)
@@ -49,9 +52,12 @@ def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
 SKINNY_CONFIGS = Configs("skinny", SkinnyConfig, lambda _num_rows, k, block_t: default_skinny_config(k, block_t))
 
 
-def fits_skinny(k: int) -> bool:
-    """Return whether `skinny_gemm` takes a weight with K columns."""
-    return k % (2 * MIN_BLOCK_K) == 0
+def fits_skinny(k: int, *, is_small: bool = False) -> bool:
+    """Return whether `skinny_gemm` is fast for a weight with K columns.
+
+    is_small: the weight's bytes take no time, so that it does not matter that programs ask for some beyond K.
+    """
+    return k % (ALIGNED if is_small else 2 * MIN_BLOCK_K) == 0
 
 
 def skinny_gemm(
@@ -79,7 +85,6 @@ def skinny_gemm(
     if num_tokens > MOST_TOGETHER:
         most, block_t = MOST_TOKENS, MIN_BLOCK_T
     config = config or SKINNY_CONFIGS.get(x.device, num_rows, k, most)
-    assert k % (config.block_k * config.num_warps) == 0, f"K is {k}, which is no multiple of a program's {config}"
     out = torch.empty(num_tokens, n, dtype=out_dtype or x.dtype, device=x.device) if residual is None else residual
     _skinny_kernel[(cdiv(n, config.block_n), cdiv(num_tokens, block_t))](
         x,
@@ -141,10 +146,20 @@ def _skinny_kernel(
     sums = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_N], tl.float32)
     up_sums = sums
     for start in range(0, K, NUM_WARPS * BLOCK_K):
-        x_tile = tl.load(x_pointers + start, mask=is_token[None, :, None], other=0.0)
-        sums = tl.dot(x_tile, tl.load(gate + offsets + start), sums, input_precision="ieee")
+        if K % (NUM_WARPS * BLOCK_K) == 0:
+            x_tile = tl.load(x_pointers + start, mask=is_token[None, :, None], other=0.0)
+            tile = tl.load(gate + offsets + start)
+        else:
+            is_input = k < K - start
+            x_tile = tl.load(x_pointers + start, mask=is_token[None, :, None] & is_input[:, None, :], other=0.0)
+            tile = tl.load(gate + offsets + start, mask=is_input[:, :, None], other=0.0)
+        sums = tl.dot(x_tile, tile, sums, input_precision="ieee")
         if ACT is not None:
-            up_sums = tl.dot(x_tile, tl.load(up + offsets + start), up_sums, input_precision="ieee")
+            if K % (NUM_WARPS * BLOCK_K) == 0:
+                tile = tl.load(up + offsets + start)
+            else:
+                tile = tl.load(up + offsets + start, mask=is_input[:, :, None], other=0.0)
+            up_sums = tl.dot(x_tile, tile, up_sums, input_precision="ieee")
 
     y = tl.sum(sums, axis=0)
     is_row = first + i < n

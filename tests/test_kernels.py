@@ -19,6 +19,7 @@ from engine.step import sampler
 from engine.step.sampler import Sampler, SamplingWork
 from kernels import (
     bookkeeping,
+    dense,
     elementwise,
     launch,
     sampling,
@@ -352,7 +353,8 @@ def test_a_gemv_configuration_changes_the_speed_only(config: tuple[int, int, int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_tokens", "n", "k"), [(2, 24, 256), (5, 13, 384), (16, 16, 512), (17, 37, 256), (32, 8, 128), (50, 24, 256)]
+    ("num_tokens", "n", "k"),
+    [(2, 24, 256), (5, 13, 384), (16, 16, 512), (17, 37, 256), (32, 8, 128), (50, 24, 256), (40, 9, 328)],
 )
 def test_the_skinny_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int, dtype: torch.dtype) -> None:
     x, h = randn(num_tokens, k, dtype=dtype), randn(num_tokens, n, dtype=dtype)
@@ -381,6 +383,16 @@ def test_a_skinny_configuration_changes_the_speed_only(config: tuple[int, ...]) 
     x, weight = randn(9, 512), randn(50, 512, scale=512**-0.5)
     found = triton_skinny.skinny_gemm(x, weight, config=triton_skinny.SkinnyConfig(*config))
     assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
+
+
+def test_a_router_needs_no_width_of_whole_pieces_to_have_a_kernel():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    x = torch.zeros(256, 2880, dtype=torch.bfloat16).as_subclass(OnGPU)
+    for num_rows, expected in ((32, triton_skinny.skinny_gemm), (5120, None)):
+        weight = torch.zeros(num_rows, 2880, dtype=torch.bfloat16)
+        assert dense._kernel_for_few(x, weight, max_tokens=256) is expected
 
 
 @pytest.mark.parametrize("block_t", [16, 32, 256])
