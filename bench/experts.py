@@ -141,10 +141,17 @@ def check() -> list[str]:
         numbers = stack.stack.decoded() if isinstance(stack.stack, QuantizedWeight) else next(stack.stack.tensors())[1]
         bias = torch.randn(16 * 256, device="cuda").to(numbers.dtype)
         acts = (None,) if form == "fp32" else (None, "silu", "clamped_swiglu")
-        for num_tokens, act in product((1, 12, 40, 100, 700), acts):
+        down = new_stack(form, 16, 512, 128, 16)
+        for num_tokens, act in product((1, 12, 40, 70, 100, 180, 240, 700), acts):
             x = torch.randn(num_tokens, 512, device="cuda").to(numbers.dtype)
             ids, _ = route(torch.randn(num_tokens, 16, device="cuda"), Routing(16, 4))
-            found = stack.products(x, ids, stack.sort(ids), act, bias).view(num_tokens, 4, -1).float()
+            by_expert = stack.sort(ids)
+            inner = stack.products(x, ids, by_expert, act, bias)
+            found = inner.view(num_tokens, 4, -1).float()
+            if act is not None:
+                handed_on = stack.products(x, ids, by_expert, act, bias, following=down)
+                if not torch.equal(down.products(handed_on, ids, by_expert), down.products(inner, ids, by_expert)):
+                    wrong.append(f"{form}, {num_tokens} tokens, {act}: down reads other inputs")
             wanted = torch.einsum("tk,tenk->ten", x.float(), numbers.float().view(16, 256, 512)[ids])
             wanted += bias.float().view(16, 256)[ids]
             if act is not None:

@@ -89,13 +89,16 @@ class ExpertStack:
         by_expert: "Sorted | Unsorted | None",
         act: str | None = None,
         bias: torch.Tensor | None = None,
+        *,
+        following: "ExpertStack | None" = None,
     ) -> torch.Tensor:
         """Return for each pair the product of its input with its expert's weight: [T k, n], or [T k, n / 2] with `act`.
 
         Of pairs whose expert another rank has it is zeros, on a GPU anything.
 
         x: [T, inputs], of tokens, or [T k, inputs], of pairs. by_expert: what `sort` returned for ids [T, k].
-        bias: [E n], of all experts.
+        bias: [E n], of all experts. following: the only stack that will take the result, for which it may lie as that
+        one's kernel reads it: [T k, more].
         """
         if x.is_cuda:
             from kernels.triton_experts import Sorted, expert_products_triton
@@ -106,7 +109,10 @@ class ExpertStack:
                 known_scale = self.stack.fields.get("input_scale")
                 x = rounded_values(x, to=form.inputs, group=form.input_group, known_scale=known_scale)
             if isinstance(by_expert, Sorted) and self.is_fp4 and act in fp4_experts.ACTS:
-                return fp4_experts.multiply(x, ids, self.codes, self.num_experts, act, by_expert, bias)
+                is_input = following is not None and following.is_fp4
+                return fp4_experts.multiply(
+                    x, ids, self.codes, self.num_experts, act, by_expert, bias, is_input=is_input
+                )
             is_shared_out = self.num_experts < self.num_on_all_ranks
             return expert_products_triton(
                 x, ids, self.codes, self.num_experts, act, by_expert, bias, is_shared_out=is_shared_out

@@ -58,6 +58,7 @@ class PromptTiling(NamedTuple):
     tokens: int
     warpgroups: int
     stages: int
+    blocks: int  # that a multiprocessor has at once
 
     @property
     def num_threads(self) -> int:
@@ -90,16 +91,19 @@ class PromptTiling(NamedTuple):
         return joined({**fields, "ACT": ACTS[act], **defines}, "hopper.cu", "fp4_parts.cu", "fp4_prompts.cu")
 
 
-# By pairs of a tile, measured on an H200 with 32 experts of 2,880 inputs and as many rows.
+# By pairs of a tile, measured on an H200 with 32 experts of 2,880 inputs and as many rows. Where a multiprocessor has
+# room for three small blocks these are faster than a large one: while one waits, another decodes.
 TILINGS: dict[int, Tiling | PromptTiling] = {
     8: Tiling(1, 2, 4, 4),
-    16: Tiling(2, 2, 4, 4),
-    32: Tiling(4, 2, 4, 4),
-    64: PromptTiling(64, 2, 4),
-    96: PromptTiling(96, 2, 4),
+    16: PromptTiling(16, 1, 4, 4),
+    32: PromptTiling(32, 1, 4, 3),
+    48: PromptTiling(48, 1, 3, 3),
+    64: PromptTiling(64, 1, 3, 3),
+    80: PromptTiling(80, 2, 4, 1),
+    96: PromptTiling(96, 2, 4, 1),
 }
-# By most pairs that an expert has on average.
-TILE_HEIGHTS = {5: 8, 12: 16, 20: 32, 48: 64}
+# By most pairs that an expert has on average: few have so many more that they need a second tile.
+TILE_HEIGHTS = {5: 8, 12: 16, 20: 32, 36: 48, 50: 64, 66: 80}
 HIGHEST_TILE = 96
 MAX_SINGLE_PAIRS = 4  # that are rather taken one by one
 
@@ -111,7 +115,9 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "codes", "scales", "x", "bias", "order", "ends", "tile_ends", "out",
         )),
-        *((name, ctypes.c_int) for name in ("num_experts", "n", "rows", "k", "per_input", "num_blocks")),
+        *((name, ctypes.c_int) for name in (
+            "num_experts", "n", "rows", "k", "per_input", "num_blocks", "x_width", "out_width",
+        )),
     )  # fmt: skip
 
 
@@ -143,16 +149,24 @@ def multiply(
     act: str | None,
     by_expert: "Sorted",
     bias: torch.Tensor | None = None,
+    *,
+    is_input: bool = False,
 ) -> torch.Tensor:
-    """Return what `kernels.triton_experts.expert_products_triton` does, for tiles of pairs."""
+    """Return what `kernels.triton_experts.expert_products_triton` does, for tiles of pairs.
+
+    is_input: of the next product with the same pairs, and of nothing else: rows may then be wider, in the order in
+    which it wants them.
+    """
     num_pairs, rows = ids.numel(), weight.data.shape[0] // num_experts
     n = rows // 2 if act else rows
     tiling = TILINGS[by_expert.block_m]
+    out_width = 0
     if isinstance(tiling, PromptTiling):
         from kernels.triton_experts import permuted_triton  # here: a machine without a GPU need not have triton
 
-        x = permuted_triton(x)
-    out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
+        x = permuted_triton(x) if x.shape[1] == weight.k else x
+        out_width = (n // CHUNK + 1) * CHUNK if is_input else 0  # never n, so that it tells the order
+    out = torch.empty(num_pairs, out_width or n, dtype=x.dtype, device=x.device)
     if only_compiles():  # nobody has sorted the pairs
         _prepare(act)
         return out
@@ -161,7 +175,7 @@ def multiply(
     args = Args(
         weight.data.data_ptr(), address(weight.scale), x.data_ptr(), address(bias), by_expert.order.data_ptr(),
         by_expert.ends.data_ptr(), by_expert.tile_ends.data_ptr(), out.data_ptr(),
-        num_experts, n, rows, weight.k, num_pairs // len(x), num_blocks,
+        num_experts, n, rows, weight.k, num_pairs // len(x), num_blocks, x.shape[1], out_width,
     )  # fmt: skip
     kernel = _kernel(tiling, act, x.device)
     kernel.launch(num_blocks * num_tiles, 1, tiling.shared_bytes, (args,), x.device)

@@ -18,6 +18,7 @@ struct Args {
   const int* tile_ends;
   u16* out;  // [pairs, n]
   int num_experts, n, rows, k, per_input, num_blocks;
+  int x_width, out_width;  // of rows in the order of `fp4_prompts.cu`; the second is 0 if rows of out are n, in their own
 };
 
 constexpr int CHUNK = 128;  // columns that are copied together

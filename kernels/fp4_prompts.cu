@@ -1,12 +1,12 @@
 // What `fp4_experts.cu` makes, of tiles of so many pairs that arithmetic takes longest: by the products of Hopper's whole
 // warpgroups, 64 rows by 16 columns, whose one operand is decoded in registers, while the product before runs. The other,
-// x, lies in shared memory with its columns in the order in which threads decode: see `permuted` in fp4_experts.py.
+// x, lies in shared memory with its columns in the order in which threads decode: see `permuted_triton`.
 //
 // A block has TOKENS pairs of one expert, and each of its WARPGROUPS 128 rows, 64 of gate and 64 of up, if ACT. Codes and
 // inputs come through a ring of STAGES pieces of 128 columns. A sum runs over the columns in order.
 //
-// fp4_experts.py puts in front: TOKENS, WARPGROUPS, STAGES, ACT, of the instruction WGMMA_TYPE and its operands WGMMA_D,
-// WGMMA_A, WGMMA_X, WGMMA_ADD, WGMMA_SUMS; hopper.cu and fp4_parts.cu.
+// fp4_experts.py puts in front: TOKENS, WARPGROUPS, STAGES, BLOCKS (of a multiprocessor), ACT, of the instruction
+// WGMMA_TYPE and its operands WGMMA_D, WGMMA_A, WGMMA_X, WGMMA_ADD, WGMMA_SUMS; hopper.cu and fp4_parts.cu.
 
 constexpr int TILES = 2, WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS;
 constexpr int CODE_BYTES = TILES * 16 * CHUNK / 2;  // of a warp and stage
@@ -30,7 +30,12 @@ __device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], const u32 (&a)[
 
 // ---- parts of the kernel ----
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) fp4_prompts(const __grid_constant__ Args args) {
+// Where an input of a row lies: `permuted_triton` of triton_experts.py says what lies where.
+__device__ __forceinline__ int ordered(int k) {
+  return k / 128 * 128 + k / 8 % 4 * 32 + k / 2 % 2 * 16 + k % 2 * 8 + k / 32 % 4 * 2 + k / 4 % 2;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp4_prompts(const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, t = lane % 4;
   const int tile = blockIdx.x / args.num_blocks, block = blockIdx.x - tile * args.num_blocks;
@@ -55,13 +60,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp4_prompts(const __gri
       scales[m][h] = args.scales + row * num_groups + t;
     }
   }
-  const int width = num_chunks * CHUNK;  // of a row of x
   const u16* x[X_COPIES];
 #pragma unroll
   for (int i = 0; i < X_COPIES; i++) {
     const int pair = (threadIdx.x + i * THREADS) / 16;
     x[i] = nullptr;
-    if (pair < num_pairs) x[i] = args.x + (u64)(args.order[first + pair] / args.per_input) * width + threadIdx.x % 16 * 8;
+    if (pair < num_pairs) x[i] = args.x + (u64)(args.order[first + pair] / args.per_input) * args.x_width + threadIdx.x % 16 * 8;
   }
   const int piece = threadIdx.x % 16, own_pair = threadIdx.x / 16;  // the pairs of a thread are THREADS / 16 apart, a multiple of 8
   const u32 x_place = base + piece / 8 * SLAB_BYTES + own_pair * 128 + ((piece % 8 ^ own_pair % 8) * 16);
@@ -150,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp4_prompts(const __gri
     for (int h = 0; h < 2; h++) {
       const int row = first_row + m * 64 + r + 8 * h;
       if (row >= args.n) continue;
+      const int width = args.out_width ? args.out_width : args.n, place = args.out_width ? ordered(row) : row;
       float bias = 0.0f, up_bias = 0.0f;
       if (args.bias != nullptr) {
         bias = from_bf16(args.bias[own_rows + row]);
@@ -161,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp4_prompts(const __gri
         if (pair >= num_pairs) continue;
         float y = sums[m][i / 2 * 4 + 2 * h + i % 2] * SCALE + bias;
         if (ACT) y = activated(y, sums[m + TILES - ABREAST][i / 2 * 4 + 2 * h + i % 2] * SCALE + up_bias);
-        args.out[(u64)args.order[first + pair] * args.n + row] = to_bf16(y);
+        args.out[(u64)args.order[first + pair] * width + place] = to_bf16(y);
       }
     }
 }

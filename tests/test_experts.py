@@ -568,12 +568,36 @@ def test_activations_that_the_kernels_of_mxfp4_lack_are_tritons(
 ):
     from kernels import triton_experts
 
-    monkeypatch.setattr(fp4_experts, "multiply", lambda *_: "cuda")
+    monkeypatch.setattr(fp4_experts, "multiply", lambda *_, **__: "cuda")
     monkeypatch.setattr(triton_experts, "expert_products_triton", lambda *_, **__: "triton")
     stack = ExpertStack(DenseWeight([Part(16)] * 3, 32, torch.float32, data=torch.zeros(48, 32)), 3)
     stack.codes, stack.is_fp4 = codes_of(stack.stack), True
     x, ids = torch.zeros(20, 32).as_subclass(OnGPU), torch.zeros(20, 1, dtype=torch.int64)
     assert stack.products(x, ids, triton_experts.sort_pairs(ids, 3, 8), act) == expected
+
+
+@interpreted
+@pytest.mark.parametrize(("is_next_fp4", "expected"), [(True, True), (False, False), (None, False)])
+def test_only_a_following_kernel_of_mxfp4_is_handed_inputs_in_its_own_order(
+    is_next_fp4: bool | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    from kernels import triton_experts
+
+    seen = []
+    monkeypatch.setattr(fp4_experts, "multiply", lambda *_, is_input: seen.append(is_input))
+    weight = DenseWeight([Part(16)] * 3, 32, torch.float32, data=torch.zeros(48, 32))
+    stack, following = ExpertStack(weight, 3), ExpertStack(weight, 3)
+    stack.codes, stack.is_fp4, following.is_fp4 = codes_of(stack.stack), True, bool(is_next_fp4)
+    x, ids = torch.zeros(20, 32).as_subclass(OnGPU), torch.zeros(20, 1, dtype=torch.int64)
+    by_expert = triton_experts.sort_pairs(ids, 3, 8)
+    stack.products(x, ids, by_expert, "silu", following=None if is_next_fp4 is None else following)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(("most", "height"), fp4_experts.TILE_HEIGHTS.items())
+def test_most_experts_of_mxfp4_have_no_more_pairs_than_a_tile(most: int, height: int):
+    assert fp4_experts.tile_height(most * 32, 32) == height in fp4_experts.TILINGS
+    assert most + most**0.5 <= height
 
 
 @interpreted

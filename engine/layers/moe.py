@@ -118,10 +118,12 @@ class StackedLinear(Linear):
         act: str | None = None,
         *,
         has_bias: bool = True,
+        following: "StackedLinear | None" = None,
     ) -> torch.Tensor:
         """Return each pair's product, as `ExpertStack.products` does. Not `has_bias`: without the bias, if any."""
         assert self.packed is not None, "not packed"
-        return self.packed.products(x, ids, by_expert, act, self.bias if has_bias else None)
+        bias = self.bias if has_bias else None
+        return self.packed.products(x, ids, by_expert, act, bias, following=following.packed if following else None)
 
 
 class Experts(Layer):
@@ -143,7 +145,7 @@ class Experts(Layer):
 class Routed(NamedTuple):
     """The state between the two products of a mixture."""
 
-    inner: torch.Tensor  # [T k, inner], of pairs
+    inner: torch.Tensor  # [T k, inner], of pairs, as `down_proj` reads it
     ids: torch.Tensor  # [T, k]
     by_expert: "Sorted | Unsorted | None"
     weights: torch.Tensor  # float32 [T, k]
@@ -187,9 +189,10 @@ class MoE(MLP):
         if self.weighs_inputs:
             x = (x[:, None] * weights[:, :, None].to(x.dtype)).flatten(0, 1)
             weights = (weights != 0).float()  # another rank's experts have none
-        gate_up = self.experts.gate_up_proj
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         by_expert = gate_up.packed.sort(ids) if gate_up.packed is not None else None
-        return Routed(gate_up.products(x, ids, by_expert, self.act), ids, by_expert, weights, shared)
+        inner = gate_up.products(x, ids, by_expert, self.act, following=down)
+        return Routed(inner, ids, by_expert, weights, shared)
 
     def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:  # noqa: ARG002
         return None
