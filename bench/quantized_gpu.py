@@ -28,7 +28,7 @@ from kernels.quantized_few import FEW_CONFIGS, MOST_WARPS, FewConfig, source, to
 from kernels.quantized_format import Format
 from kernels.quantized_many import MANY_CONFIGS, ManyConfig, fitting, most_tokens_of
 from kernels.quantized_many import source as source_of_many
-from kernels.quantized_some import SOME_CONFIGS, SomeConfig, piece_bytes_of
+from kernels.quantized_some import SOME_CONFIGS, SomeConfig, pieces_of
 from kernels.quantized_some import fitting as fitting_some
 from kernels.quantized_some import most_tokens_of as most_some_of
 from kernels.quantized_some import source as source_of_some
@@ -189,7 +189,7 @@ def compile_all(bench: Bench, spaces: Sequence[tuple[Configs[Any], Key, list[Any
     for configs, key, candidates in spaces:
         for config in candidates:
             if configs is SOME_CONFIGS:
-                text = source_of_some(kind, config, key[3], piece_bytes_of(kind, key[1]))
+                text = source_of_some(kind, config, key[3], pieces_of(kind, key[1], config))
                 sources.add(("quantized_some", text, ARCHITECTURE))
             elif configs is FEW_CONFIGS:
                 text = source(kind, token_tiles, config._replace(split=1, blocks=0))

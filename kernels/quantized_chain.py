@@ -19,7 +19,7 @@ from kernels.hopper import ARCHITECTURE, tensor_map
 from kernels.launch import address, cdiv, compile_ahead, num_sms, only_compiles
 from kernels.nvrtc import compile_source, joined
 from kernels.quantized_cuda import CudaQuantizedWeight
-from kernels.quantized_few import HELD_RESIDUALS, HELD_SCALES, can_multiply_few, has_digits
+from kernels.quantized_few import HELD_RESIDUALS, HELD_SCALES, can_multiply_few, has_digits, has_signs
 from kernels.quantized_kernel import ACTS, Args, Kernel, Kind, defines_of
 from kernels.quantized_layout import CHUNK, TILE
 from kernels.weights import Norm
@@ -236,7 +236,7 @@ def source(kinds: Sequence[Kind], config: ChainConfig, num_products: int) -> str
     for i, kind in enumerate(kinds):
         of_kind = defines_of(kind) | {
             "HAS_DIGITS": int(has_digits(kind)),
-            "HAS_SIGNS": int(kind.bits == 8),
+            "HAS_SIGNS": int(has_signs(kind)),
             "HELD_SCALES": 0 if kind.group_size else HELD_SCALES,
             "PIECE": _piece(kind, config),
             "IS_DIRECT": int(not kind.is_tiled),

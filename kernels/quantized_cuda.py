@@ -18,6 +18,7 @@ from kernels.quantized_format import TABLES, Coded, ordered, unordered
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
+from kernels.quantized_rows import fits_rows, write_rows
 from kernels.quantized_some import MOST_TOKENS as SOME_TOKENS
 from kernels.quantized_some import fits_some, multiply_some, prepare_some
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
@@ -30,8 +31,7 @@ from kernels.weights import Norm, Weight
 # `quantized_some` does of codes in tiles.
 FEW_TOKENS = 16
 FEW_DECODED_TOKENS = 12
-DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing,
-LONG_ROW = 8192  # with any number for rows as long as this: a tile's start and end are a smaller part of it
+DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing
 DIRECT_TOKENS = 256  # up to so many it is faster than the Triton product of 8 bits
 ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
@@ -162,7 +162,7 @@ class CudaQuantizedWeight(Weight):
                 return most_few, ANY_NUMBER
             if has_gemm:
                 return most_few, DIRECT_TOKENS
-            return most_few, DECODED_TOKENS if self.k < LONG_ROW else ANY_NUMBER
+            return most_few, DECODED_TOKENS
         if has_gemm:
             return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
         return MAX_TOKENS, 0
@@ -272,6 +272,8 @@ class CudaQuantizedWeight(Weight):
 
     def _dequantized(self, start: int, panel: torch.Tensor) -> torch.Tensor:
         """Write rows from `start` on to `panel` [rows, k], inputs in the order of the codes, and return it."""
+        if fits_rows(self.kind, panel.device) and panel.dtype == self.dtype:
+            return write_rows(self.kind, self.codes, self.parameters, self.scale, self.n, panel, start // TILE)
         if self.kind.is_tiled:
             return dequantize_tiles(self.codes, self.parameters, self.scale, panel, start // TILE, **self._how())
         assert self.scale is not None

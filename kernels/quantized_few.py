@@ -16,6 +16,7 @@ from kernels.quantized_kernel import (
     Args,
     Kernel,
     Kind,
+    integers_of,
     source_of,
 )
 from kernels.quantized_layout import CHUNK
@@ -212,7 +213,7 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
         "IS_CHAIN": 0,
         "IS_DIRECT": 0,
         "HAS_DIGITS": int(token_tiles == 0 and has_digits(kind)),
-        "HAS_SIGNS": int(kind.bits == 8),
+        "HAS_SIGNS": int(has_signs(kind)),
         "HELD_SCALES": 0 if kind.group_size or token_tiles else HELD_SCALES,
         "HELD_RESIDUALS": 0 if token_tiles else HELD_RESIDUALS,
         "TOKENS": max(token_tiles, 1),
@@ -248,10 +249,16 @@ def shared_bytes_of(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> i
     return 128 + max(rings + x + x_scales, sums)
 
 
+def has_signs(kind: Kind) -> bool:
+    """Return whether integers that digits meet have a sign."""
+    return kind.bits == 8 or kind.form.table is not None
+
+
 def has_digits(kind: Kind) -> bool:
     """Return whether a single token is multiplied as integers of two digits."""
     form = kind.form
-    return form.code in ("int4", "int8") and kind.is_tiled and form.table is None and form.inputs is None
+    is_integer = form.table is None or integers_of(form.table) is not None
+    return form.code in ("int4", "int8") and kind.is_tiled and is_integer and form.inputs is None
 
 
 @functools.lru_cache(4096)

@@ -77,6 +77,7 @@ def defines_of(kind: Kind) -> dict[str, object]:
     """Return what describes `kind` to kernels."""
     form = kind.form
     table = (0.0,) * 16 if form.table is None else TABLES[form.table]
+    integers, unit = integers_of(form.table) or ((0,) * 16, 1.0)
     bits = torch.tensor(table).to(kind.input_dtype).view(torch.int16).tolist()
     every: dict[str, object] = {word: i for words in WORDS for i, word in enumerate(words)}
     every |= {
@@ -91,10 +92,23 @@ def defines_of(kind: Kind) -> dict[str, object]:
         "HAS_TABLE": int(form.table is not None),
         "TABLE_LOW": _words_of_bytes([number & 255 for number in bits]),
         "TABLE_HIGH": _words_of_bytes([number >> 8 & 255 for number in bits]),
+        "TABLE_INTEGERS": _words_of_bytes([number & 255 for number in integers]),
+        "TABLE_UNIT": f"{unit}f",
         "ROUND": ROUNDS[form.inputs],
         "X_GROUP": form.input_group if form.inputs else 0,
     }
     return every
+
+
+def integers_of(table: str | None) -> tuple[tuple[int, ...], float] | None:
+    """Return a table's numbers as integers of 8 bits and their unit, if they are such."""
+    if table is None:
+        return None
+    for unit in (1.0, 0.5):
+        numbers = [number / unit for number in TABLES[table]]
+        if all(number.is_integer() and abs(number) < 128 for number in numbers):
+            return tuple(map(int, numbers)), unit
+    return None
 
 
 def _words_of_bytes(numbers: list[int]) -> str:

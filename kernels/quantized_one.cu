@@ -1,9 +1,10 @@
 // How `quantized_few.cu` and `quantized_chain.cu` read the inputs of a single token.
 //
-// Plain 4-bit codes meet a single token as integers: half the instructions decode them, and half as many multiply; those of
-// 8 bits need no decoding at all. Inputs are two digits of 8 bits, 256 high + low, in units of a 32,512th of the largest of
-// 128 neighbours (or of 64): what that loses is a 128th of what bfloat16 loses of the largest. The digits take two of the
-// tensor cores' 8 columns; where a chunk has several groups, each has two columns of its own, with zeros for the others.
+// Codes of integers meet a single token as these: half the instructions decode plain ones of 4 bits, and half as many
+// multiply; those of 8 bits need no decoding at all. Some tables have integers, too. Inputs are two digits of 8 bits, 256
+// high + low, in units of a 32,512th of the largest of 128 neighbours (or of 64): what that loses is a 128th of what
+// bfloat16 loses of the largest. The digits take two of the tensor cores' 8 columns; where a chunk has several groups, each
+// has two columns of its own, with zeros for the others.
 
 constexpr int WARPS = WARPS_N * WARPS_K, THREADS = 32 * WARPS;  // that multiply
 constexpr int X_WIDTH = X_GROUP ? X_GROUP : 1;
@@ -147,6 +148,18 @@ __device__ __forceinline__ void read_digits(const u16* x, int chunk, u32 (&digit
   for (int j = 0; j < 4; j++) digits[j] = all[j] & (j * GROUPS / 4 == column / 2 % GROUPS ? ~0u : 0u);
 }
 
+// The integers of a step that 4-bit codes stand for, of rows r and r + 8.
+__device__ __forceinline__ void look_up_integers(u32 word, u32& first, u32& second) {
+  const u32 table[4] = {TABLE_INTEGERS}, shifted = word << 4, index = word & 0x77777777u;
+  u32 pairs[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 selector = i ? index >> 16 : index, mask = bytes_of(shifted, word, i ? 0xFBEAu : 0xD9C8u);
+    pairs[i] = select(bytes_of(table[0], table[1], selector), bytes_of(table[2], table[3], selector), mask);
+  }
+  first = bytes_of(pairs[0], pairs[1], 0x5410u), second = bytes_of(pairs[0], pairs[1], 0x7632u);
+}
+
 // Multiply a tile's codes of a chunk by digits.
 __device__ __forceinline__ void multiply_digits(int (&d)[4], const u32 (&words)[4 * CODE_LOADS], const u32 (&digits)[4]) {
 #pragma unroll
@@ -154,6 +167,10 @@ __device__ __forceinline__ void multiply_digits(int (&d)[4], const u32 (&words)[
     u32 a[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+      if (HAS_TABLE) {
+        look_up_integers(words[j + i], a[2 * i], a[2 * i + 1]);
+        continue;
+      }
       a[2 * i] = CODE == INT4 ? words[j + i] & 0x0f0f0f0fu : words[j + i];
       a[2 * i + 1] = CODE == INT4 ? words[j + i] >> 4 & 0x0f0f0f0fu : words[4 * (CODE_LOADS - 1) + j + i];
     }
@@ -192,7 +209,7 @@ __device__ __forceinline__ void put_codes(u16* to, int k, const float (&values)[
 #endif
 
 // Put eight inputs from k on as digits: of each chunk, digit and thread t of four the words of 4 steps, whose bytes are
-// columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16, as in codes of 4 bits, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. parts: the
+// columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16, as in plain codes of 4 bits, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. parts: the
 // sum of each part's inputs in units, and the unit. A warp calls this with all of its threads, 256 inputs that follow each
 // other.
 __device__ __forceinline__ void put_digits(u16* to, float2* parts, int k, int first, bool is_in, const float (&values)[8]) {
@@ -215,7 +232,7 @@ __device__ __forceinline__ void put_digits(u16* to, float2* parts, int k, int fi
   }
 #pragma unroll
   for (int i = PART / 16; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-  constexpr u32 HIGH = CODE == INT4 ? 0x7351u : 0x7531u, LOW = CODE == INT4 ? 0x6240u : 0x6420u;
+  constexpr u32 HIGH = HAS_SIGNS ? 0x7531u : 0x7351u, LOW = HAS_SIGNS ? 0x6420u : 0x6240u;
   const int at = k - first;
   u32* words = (u32*)to + at / CHUNK * 32 + is_second * 8 + at % CHUNK / 16;
 #pragma unroll
@@ -225,7 +242,7 @@ __device__ __forceinline__ void put_digits(u16* to, float2* parts, int k, int fi
     const u32 even = is_second ? other : own, odd = is_second ? own : other;
     if (is_in) words[4 * i] = bytes_of(even, odd, HIGH), words[16 + 4 * i] = bytes_of(even, odd, LOW) ^ 0x80808080u;
   }
-  if (is_in && k % PART == 0) parts[k / PART] = make_float2((float)sum, largest / DIGITS_MAX);
+  if (is_in && k % PART == 0) parts[k / PART] = make_float2((float)sum, largest / DIGITS_MAX * TABLE_UNIT);
 }
 
 // Put columns [first, first + num) of the only token into `to`, and its scales of all columns into `scales`.

@@ -11,7 +11,8 @@
 // ahead has ended, one with inputs, once they have been written.
 //
 // quantized_some.py puts in front, besides what quantized_few.cu has, hopper.cu and: TOKENS (8, 16 or 32), TILES of a warp,
-// WARPS_N, WARPS_K, STAGES, and PIECE_BYTES of a tile's codes that are a row of the copy's box.
+// WARPS_N, WARPS_K, STAGES, PIECE_BYTES of a tile's codes that are a row of the copy's box, and PARAM_WORDS of its scales and
+// offsets that are one of theirs (0: all of a stage).
 
 constexpr int WARPS = WARPS_N * WARPS_K, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 64;
 constexpr int BLOCK_TILES = TILES * WARPS_N, ROWS = 16 * BLOCK_TILES, PITCH = ROWS + 4;
@@ -29,7 +30,7 @@ constexpr int TILE_PARAM_BYTES = STAGE_GROUPS * 8 * PARAM_BYTES;
 constexpr int P_BYTES = BLOCK_TILES * TILE_PARAM_BYTES;
 constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + P_BYTES + 1023) / 1024 * 1024;
 constexpr int SUMS = WARPS_K * TOKENS * PITCH;
-constexpr bool IS_RAW = IS_PLAIN && GROUP != 0 && OFFSET == ZERO;
+constexpr bool IS_RAW = IS_PLAIN && GROUP != 0 && OFFSET != NO_OFFSET;
 constexpr int BASE = IS_RAW ? RAW : 0;                        // codes are more by this
 constexpr bool HAS_X_SUMS = GROUP != 0 && OFFSET == MINIMUM;  // minima meet sums of inputs
 constexpr int FOLD = GROUP == 0 ? 8 : GROUPS > 1 ? 4 / GROUPS : GROUP_CHUNKS % 2 == 0 ? 8 : 4;  // steps between scales
@@ -131,7 +132,10 @@ __device__ __forceinline__ void multiply_stage(
           read_params(params + (group * 8 + r) * PARAM_BYTES, scales[m], offsets[m]);
 #pragma unroll
           for (int h = 0; h < 2; h++)
-            if (OFFSET == ZERO) zeros[m][h] = pair_of_floats(-(offsets[m][h] + BASE), -(offsets[m][h] + BASE));
+            if (OFFSET == ZERO)
+              zeros[m][h] = pair_of_floats(-(offsets[m][h] + BASE), -(offsets[m][h] + BASE));
+            else if (HAS_X_SUMS)
+              offsets[m][h] += BASE * scales[m][h];
         }
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES; i++)
@@ -251,7 +255,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             continue;
           }
           load4(to + X_BYTES, &w_map, 0, begin * CHUNK_BYTES / PIECE_BYTES, tile, 0, barrier);
-          if (P_BYTES) load3(to + X_BYTES + W_BYTES, &p_map, group_of(begin) * 8 * PARAM_BYTES / 4, tile, 0, barrier);
+          const u32 to_params = to + X_BYTES + W_BYTES;
+          const int word = group_of(begin) * 8 * PARAM_BYTES / 4;
+          if (P_BYTES && !PARAM_WORDS) load3(to_params, &p_map, word, tile, 0, barrier);
+          if (P_BYTES && PARAM_WORDS) load4(to_params, &p_map, 0, word / (PARAM_WORDS ? PARAM_WORDS : 1), tile, 0, barrier);
         }
     return;
   }

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,16 @@ MOST_TILES = {8: 7, 16: 7, 32: 3}  # of a warp, whose sums are in registers, by 
 MOST_WARPS = {8: 8, 16: 8, 32: 4}  # that share a stage's columns
 WARPS_N = {8: (1, 2, 3, 4), 16: (1, 2, 3, 4), 32: (1, 2, 3, 4, 6, 7, 8)}
 MOST_STAGES = 4
+MOST_BYTES_STAGES = 6  # of codes of 8 bits
 MOST_BOX = 256  # numbers along an edge of what a copy takes
 HOPPER_SMS = 132
+
+
+class Pieces(NamedTuple):
+    """Say how much of a tile is a row of a copy's box."""
+
+    code_bytes: int
+    param_words: int  # of scales and offsets; 0: all of a stage
 
 
 class SomeConfig(NamedTuple):
@@ -34,16 +43,18 @@ class SomeConfig(NamedTuple):
     stages: int
 
 
-def default_config(num_rows: int, _k: int, _bits: int, most_tokens: int, is_gated: int) -> SomeConfig:
+def default_config(num_rows: int, _k: int, bits: int, most_tokens: int, is_gated: int) -> SomeConfig:
     """Return the configuration that gives each multiprocessor of a card like the H200 as many tiles as any other."""
-    halves, most_tiles, choices = 2 if is_gated else 1, MOST_TILES[most_tokens], WARPS_N[most_tokens]
+    cut_as = most_tokens if bits == 4 else MOST_TOKENS[-1]  # stages of 8 bits are as large with half of the columns
+    halves, most_tiles, choices = 2 if is_gated else 1, MOST_TILES[cut_as], WARPS_N[cut_as]
     share = cdiv(cdiv(num_rows, TILE * halves), HOPPER_SMS) * halves
     share = cdiv(share, cdiv(share, most_tiles * choices[-1]))  # in several turns, if warps cannot take it at once
     share += share % halves
     fits = [(cdiv(share, warps_n), warps_n) for warps_n in choices if share <= most_tiles * warps_n]
     even = [(tiles, warps_n) for tiles, warps_n in fits if tiles * warps_n % halves == 0]
     tiles, warps_n = min(even, key=lambda each: (each[0] * each[1], each[1]))
-    return SomeConfig(tiles, warps_n, max(1, MOST_WARPS[most_tokens] // warps_n), MOST_STAGES)
+    most_stages = MOST_STAGES if bits == 4 else MOST_BYTES_STAGES
+    return SomeConfig(tiles, warps_n, max(1, MOST_WARPS[cut_as] // warps_n), most_stages)
 
 
 SOME_CONFIGS = Configs("quantized_some", SomeConfig, default_config)  # by (rows, K, bits, most tokens, is gated)
@@ -90,9 +101,10 @@ def multiply_some(
         n = num_rows // 2 if is_gated else num_rows
         out = torch.empty(num_tokens, n, dtype=out_dtype or kind.dtype, device=x.device)
     config = config or SOME_CONFIGS.get(x.device, num_rows, k, kind.bits, tokens, int(is_gated))
-    config, piece_bytes = fitting(config, kind, tokens), piece_bytes_of(kind, k)
+    config = fitting(config, kind, tokens)
+    pieces = pieces_of(kind, k, config)
     if only_compiles():
-        compile_ahead(_kernel, kind, config, tokens, piece_bytes, x.device)
+        compile_ahead(_kernel, kind, config, tokens, pieces, x.device)
         return out
     args = Args(
         scale=address(scale),
@@ -112,7 +124,7 @@ def multiply_some(
         _map_of_inputs(x.data_ptr(), x.dtype, num_tokens, k, tokens, config),
         *_maps_of_weight(kind, codes, parameters, k, config, 2 if is_gated else 1),
     )
-    kernel = _kernel(kind, config, tokens, piece_bytes, x.device)
+    kernel = _kernel(kind, config, tokens, pieces, x.device)
     num_row_blocks = cdiv(num_rows, TILE * config.tiles * config.warps_n)
     num_blocks = min(num_row_blocks, num_sms(x.device))
     kernel.launch(num_blocks, 1, shared_bytes(kind, config, tokens), (args, *maps), x.device)
@@ -121,9 +133,17 @@ def multiply_some(
 
 @functools.lru_cache(4096)
 def fitting(config: SomeConfig, kind: Kind, tokens: int) -> SomeConfig:
-    """Return `config` with as many stages, and as many of their columns, as fit."""
+    """Return `config` with as many stages, and as many of their columns, as fit.
+
+    Warps that need sums of inputs, which each of them makes, have as many tiles as they can.
+    """
+    if kind.bits == 4 and kind.form.has_minimum and kind.group_size:
+        num_tiles = config.tiles * config.warps_n
+        tiles = max(count for count in range(1, MOST_TILES[tokens] + 1) if num_tiles % count == 0)
+        if tiles > config.tiles:
+            config = config._replace(tiles=tiles, warps_n=num_tiles // tiles)
     while config.warps_k > 1 and not (
-        _box_of_parameters(kind, config) <= MOST_BOX
+        (_box_of_parameters(kind, config) <= MOST_BOX or 0 < kind.group_size <= CHUNK)
         and shared_bytes(kind, config._replace(stages=2), tokens) <= HOPPER_SHARED_BYTES
     ):
         config = config._replace(warps_k=config.warps_k // 2)
@@ -164,9 +184,14 @@ def _box_of_parameters(kind: Kind, config: SomeConfig) -> int:
     return _stage_groups(kind, config) * 2 * kind.parameter_bytes
 
 
-def piece_bytes_of(kind: Kind, k: int) -> int:
-    """Return the bytes of a tile's codes that are a row of a copy's box."""
-    return 1024 if k // CHUNK * kind.tile_bytes % 1024 == 0 else 512
+def pieces_of(kind: Kind, k: int, config: SomeConfig) -> Pieces:
+    """Return how copies are cut of a weight with rows of `k`."""
+    code_bytes = 1024 if k // CHUNK * kind.tile_bytes % 1024 == 0 else 512
+    if _box_of_parameters(kind, config) <= MOST_BOX:
+        return Pieces(code_bytes, 0)
+    of_group = 2 * kind.parameter_bytes
+    num_groups = math.gcd(MOST_BOX // of_group, _stage_groups(kind, config), k // kind.group_size)
+    return Pieces(code_bytes, of_group * num_groups)
 
 
 def prepare_some(kind: Kind, num_rows: int, k: int, is_gated: bool, device: torch.device) -> None:
@@ -175,16 +200,16 @@ def prepare_some(kind: Kind, num_rows: int, k: int, is_gated: bool, device: torc
         (fitting(SOME_CONFIGS.get(device, num_rows, k, kind.bits, tokens, int(is_gated)), kind, tokens), tokens)
         for tokens in MOST_TOKENS
     }
-    new = [(kind, *each, piece_bytes_of(kind, k)) for each in configs]
+    new = [(kind, config, tokens, pieces_of(kind, k, config)) for config, tokens in configs]
     new = [each for each in new if each not in _prepared]
     _prepared.update(new)
     compile_sources("quantized_some", [source(*each) for each in new], ARCHITECTURE)
 
 
-_prepared: set[tuple[Kind, SomeConfig, int, int]] = set()
+_prepared: set[tuple[Kind, SomeConfig, int, Pieces]] = set()
 
 
-def source(kind: Kind, config: SomeConfig, tokens: int, piece_bytes: int) -> str:
+def source(kind: Kind, config: SomeConfig, tokens: int, pieces: Pieces) -> str:
     """Return the source of a kernel, for NVRTC."""
     defines = {
         "TOKENS": tokens,
@@ -192,15 +217,16 @@ def source(kind: Kind, config: SomeConfig, tokens: int, piece_bytes: int) -> str
         "WARPS_N": config.warps_n,
         "WARPS_K": config.warps_k,
         "STAGES": config.stages,
-        "PIECE_BYTES": piece_bytes,
+        "PIECE_BYTES": pieces.code_bytes,
+        "PARAM_WORDS": pieces.param_words,
     }
     return source_of(kind, defines, "hopper.cu", "quantized_some.cu")
 
 
 @functools.cache
-def _kernel(kind: Kind, config: SomeConfig, tokens: int, piece_bytes: int, device: torch.device) -> Kernel:
+def _kernel(kind: Kind, config: SomeConfig, tokens: int, pieces: Pieces, device: torch.device) -> Kernel:
     with torch.cuda.device(device):
-        cubin = compile_source("quantized_some", source(kind, config, tokens, piece_bytes), ARCHITECTURE)
+        cubin = compile_source("quantized_some", source(kind, config, tokens, pieces), ARCHITECTURE)
         return Kernel("quantized_some", cubin, 32 * (config.warps_n * config.warps_k + 2), device)
 
 
@@ -211,7 +237,7 @@ def _maps_of_weight(
 
     halves: 2 if a box has as many tiles of gate as of up.
     """
-    piece, row_bytes = piece_bytes_of(kind, k), k // CHUNK * kind.tile_bytes
+    (piece, param_words), row_bytes = pieces_of(kind, k, config), k // CHUNK * kind.tile_bytes
     tiles, box_tiles = len(codes) // halves, config.tiles * config.warps_n // halves
     of_codes = _map(
         "UINT32",
@@ -224,6 +250,16 @@ def _maps_of_weight(
     if parameters is None:
         return of_codes, of_codes
     row_bytes = parameters[0].nbytes
+    if param_words:
+        of_parameters = _map(
+            "UINT32",
+            parameters.data_ptr(),
+            (param_words, row_bytes // 4 // param_words, tiles, halves),
+            (4 * param_words, row_bytes, tiles * row_bytes),
+            (param_words, _box_of_parameters(kind, config) // param_words, box_tiles, halves),
+            False,
+        )
+        return of_codes, of_parameters
     of_parameters = _map(
         "UINT32",
         parameters.data_ptr(),

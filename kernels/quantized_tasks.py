@@ -19,7 +19,7 @@ from kernels.quantized_few import FEW_CONFIGS, FewConfig, can_multiply_few, fits
 from kernels.quantized_kernel import Kind
 from kernels.quantized_many import MANY_CONFIGS, ManyConfig, fits_many, fitting
 from kernels.quantized_many import source as source_of_many
-from kernels.quantized_some import SOME_CONFIGS, SomeConfig, fits_some, piece_bytes_of
+from kernels.quantized_some import SOME_CONFIGS, SomeConfig, fits_some, pieces_of
 from kernels.quantized_some import default_config as even_config
 from kernels.quantized_some import fitting as fitting_some
 from kernels.quantized_some import source as source_of_some
@@ -106,7 +106,7 @@ def some_task(shape: WeightShape, device: torch.device) -> Task:
     configs = [fitting_some(config, kind, TOKENS) for config in (even, fewer)]
 
     def source_of(config: SomeConfig) -> tuple[str, str, str]:
-        return "quantized_some", source_of_some(kind, config, TOKENS, piece_bytes_of(kind, shape.k)), ARCHITECTURE
+        return "quantized_some", source_of_some(kind, config, TOKENS, pieces_of(kind, shape.k, config)), ARCHITECTURE
 
     prepare = functools.partial(_launches, shape, TOKENS, device)
     return Task(SOME_CONFIGS, key, list(dict.fromkeys(configs)), prepare, source_of)

@@ -21,6 +21,7 @@ from kernels import (
     quantized_chain,
     quantized_few,
     quantized_many,
+    quantized_rows,
     quantized_some,
     triton_bookkeeping,
     triton_elementwise,
@@ -319,6 +320,32 @@ def quantized_launches(dtype: torch.dtype, card: Card) -> Iterator[tuple[str, La
 
 def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     """Yield a name, the source, the architecture to compile for, and the shared memory of a block."""
+    half, wide = torch.float16, torch.bfloat16
+    yield from quantized_sources(card)
+    for tiling in fp4_experts.TILINGS.values() if card.is_hopper else ():
+        yield f"fp4_experts {tiling}", tiling.source("clamped_swiglu"), ARCHITECTURE, tiling.shared_bytes
+    prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
+    prompts += [hopper_prefill.Variant(head_dim, half, 1, True, F32) for head_dim in hopper_prefill.KEYS]
+    prompts += [hopper_prefill.Variant(head_dim, wide, has_shared=True) for head_dim in hopper_prefill.SHARED_SIZES]
+    for variant in prompts if card.is_hopper else ():
+        yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
+    latents = [hopper_latents.Variant(group, wide, False, False) for group in (16, 20, hopper_latents.MAX_GROUP)]
+    latents += [hopper_latents.Variant(20, half, True, is_merged_later) for is_merged_later in (False, True)]
+    for few in latents if card.is_hopper else ():
+        yield f"hopper_latents {few}", hopper_latents.source(few), ARCHITECTURE, few.shared_bytes
+    for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
+        group = num_heads // num_kv_heads
+        if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:
+            plain = one_token.Variant(head_dim, group, head_dim // 2, wide)
+            for form in (plain, plain._replace(window=1, has_softcap=True, has_map=True, sink_dtype=wide)):
+                yield f"one_token {form}", one_token.source(form), ARCHITECTURE, form.shared_bytes
+    yield from few_sources(card) if card.is_hopper else ()
+    for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
+        tile = gated_gemm.Tile(columns, shares_weights=True)
+        yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
+
+
+def quantized_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     half, wide, device = torch.float16, torch.bfloat16, torch.device("meta")
     kinds = {
         "awq": Kind(Format("int4", 128, has_zero=True, scale_dtype=half), wide, True, 128, half),
@@ -344,28 +371,9 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
         yield from some_sources(name, kind, num_rows, k) if card.is_hopper and kind.is_tiled else ()
+        if kind.is_tiled:
+            yield f"quantized_rows {name}", quantized_rows.source(kind), card.architecture, quantized_rows.SHARED_BYTES
     yield from chain_sources("awq and q6_k", (kinds["awq"], kinds["q6_k"]), k, card)
-    for tiling in fp4_experts.TILINGS.values() if card.is_hopper else ():
-        yield f"fp4_experts {tiling}", tiling.source("clamped_swiglu"), ARCHITECTURE, tiling.shared_bytes
-    prompts = [hopper_prefill.Variant(head_dim, wide) for head_dim in hopper_prefill.KEYS]
-    prompts += [hopper_prefill.Variant(head_dim, half, 1, True, F32) for head_dim in hopper_prefill.KEYS]
-    prompts += [hopper_prefill.Variant(head_dim, wide, has_shared=True) for head_dim in hopper_prefill.SHARED_SIZES]
-    for variant in prompts if card.is_hopper else ():
-        yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
-    latents = [hopper_latents.Variant(group, wide, False, False) for group in (16, 20, hopper_latents.MAX_GROUP)]
-    latents += [hopper_latents.Variant(20, half, True, is_merged_later) for is_merged_later in (False, True)]
-    for few in latents if card.is_hopper else ():
-        yield f"hopper_latents {few}", hopper_latents.source(few), ARCHITECTURE, few.shared_bytes
-    for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
-        group = num_heads // num_kv_heads
-        if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:
-            plain = one_token.Variant(head_dim, group, head_dim // 2, wide)
-            for form in (plain, plain._replace(window=1, has_softcap=True, has_map=True, sink_dtype=wide)):
-                yield f"one_token {form}", one_token.source(form), ARCHITECTURE, form.shared_bytes
-    yield from few_sources(card) if card.is_hopper else ()
-    for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
-        tile = gated_gemm.Tile(columns, shares_weights=True)
-        yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
 
 
 def some_sources(name: str, kind: Kind, num_rows: int, k: int) -> Iterator[tuple[str, str, str, int]]:
@@ -373,7 +381,7 @@ def some_sources(name: str, kind: Kind, num_rows: int, k: int) -> Iterator[tuple
         for is_gated in (0, 1):
             config = quantized_some.default_config((1 + 3 * is_gated) * num_rows, k, kind.bits, most_tokens, is_gated)
             config = quantized_some.fitting(config, kind, most_tokens)
-            text = quantized_some.source(kind, config, most_tokens, quantized_some.piece_bytes_of(kind, k))
+            text = quantized_some.source(kind, config, most_tokens, quantized_some.pieces_of(kind, k, config))
             room = quantized_some.shared_bytes(kind, config, most_tokens)
             yield f"quantized_some {name} {most_tokens} tokens {config}", text, ARCHITECTURE, room
 

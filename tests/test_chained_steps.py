@@ -39,7 +39,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 CHAINED = ["int4 g128", "int4 zero", "fp8 x fp8", "fp8 x fp8 static", "int8 x int8", "int4 minimum", "int4 g32"]
-CHAINED += ["int8 row", "int8 g16", "int8 zero", "int4 minimum, int4 minimum, int8 g16, int8 minimum"]
+CHAINED += ["int8 row", "int8 g16", "int8 zero", "iq4", "nvfp4"]
+CHAINED += ["int4 minimum, int4 minimum, int8 g16, int8 minimum"]
 
 
 @pytest.fixture(scope="module")

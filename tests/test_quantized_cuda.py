@@ -15,9 +15,11 @@ from kernels.hopper import is_available
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs, rounded_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
 from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
-from kernels.quantized_kernel import Kind
+from kernels.quantized_format import TABLES
+from kernels.quantized_kernel import Kind, integers_of
 from kernels.quantized_layout import tile_codes
 from kernels.quantized_many import MOST_TOKENS, ManyConfig
+from kernels.quantized_rows import fits_rows, write_rows
 from kernels.quantized_some import HOPPER_SMS, SomeConfig
 from kernels.triton_quantized import round_inputs, rounded_values
 from kernels.weights import Part
@@ -257,6 +259,15 @@ def test_a_stage_of_many_tokens_is_what_a_copy_may_be(name: str, shape: tuple[in
             assert num_bytes % 16 == 0 and num_bytes <= 1024
 
 
+def test_tables_of_integers_meet_digits_in_their_unit() -> None:
+    found = {name: integers_of(name) for name in TABLES}
+    assert {name for name, integers in found.items() if integers} == {"fp4", "iq4"}
+    for name in ("fp4", "iq4"):
+        integers, unit = found[name] or ((), 0.0)
+        assert tuple(number * unit for number in integers) == TABLES[name]
+    assert integers_of(None) is None
+
+
 SHAPES = [
     (6144, 4096),
     (28672, 4096),
@@ -281,8 +292,16 @@ def test_a_stage_of_some_tokens_is_what_a_copy_may_be(name: str, shape: tuple[in
             assert config.stages >= 2 and config.warps_k >= 1
             assert config.tiles * config.warps_n % (1 + is_gated) == 0
             assert quantized_some.shared_bytes(kind, config, most_tokens) <= HOPPER_SHARED_BYTES
-            assert quantized_some._box_of_parameters(kind, config) <= 256
-            assert k // 64 * kind.tile_bytes % quantized_some.piece_bytes_of(kind, k) == 0
+            pieces, of_stage = (
+                quantized_some.pieces_of(kind, k, config),
+                quantized_some._box_of_parameters(kind, config),
+            )
+            assert k // 64 * kind.tile_bytes % pieces.code_bytes == 0
+            assert (pieces.param_words or of_stage) <= 256
+            if pieces.param_words:
+                assert of_stage % pieces.param_words == 0 and of_stage // pieces.param_words <= 256
+                assert k // kind.group_size * 2 * kind.parameter_bytes % pieces.param_words == 0
+                assert kind.group_size <= 64, "stages of longer groups may begin anywhere"
 
 
 @pytest.mark.parametrize(
@@ -409,6 +428,22 @@ def test_a_configuration_of_many_tokens_changes_the_speed_only(config: tuple[int
                 gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208, config=ManyConfig(*config), **options
             )
             assert_near(found, weight.product(x), 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("name", [name for name in WEIGHT_ONLY if "order" not in name])
+def test_rows_are_written_as_the_definition_s(name: str, dtype: torch.dtype) -> None:
+    for n, k in ((96, 1024), (72, 448), (200, 64)):
+        weight = make_weight(FORMS[name], n, k, dtype)
+        wanted, gpu = weight.dequantized(), packed(weight)
+        assert fits_rows(gpu.kind, gpu.codes.device) == (0 < gpu.kind.group_size < 64)
+        for first in (0, 32):
+            panel = torch.full((n - first, k), 7.0, dtype=dtype, device=DEVICE)
+            assert_near(gpu._dequantized(first, panel), wanted[first:], 2 * torch.finfo(dtype).eps)
+            panel.fill_(7.0)
+            written = write_rows(gpu.kind, gpu.codes, gpu.parameters, gpu.scale, n, panel, first // 16)
+            assert_near(written, wanted[first:], 4 * torch.finfo(dtype).eps)  # a table's numbers are rounded, too
 
 
 @pytest.mark.gpu
