@@ -17,11 +17,37 @@ from engine.checkpoint.weights import pack_weights
 from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
 from kernels.quantized import QuantizedWeight
-from tests.quantized_files import BITSANDBYTES, BLOCK, Weights, fp4, nf4, of_blocks, spread, to_fp8
+from tests.quantized_files import (
+    BITSANDBYTES,
+    BLOCK,
+    Weights,
+    compressed,
+    ct_words,
+    fp4,
+    nf4,
+    of_blocks,
+    spread,
+    to_fp8,
+)
+from tests.test_experts import FAMILIES as EXPERT_FAMILIES
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 from tests.vision_models import FAMILIES, make_vision_model
 
 STACKED = re.compile(r"(.*\.mlp\.experts|.*\.feed_forward\.experts)\.(gate_up|down)_proj(_bias)?")
+ONE_BY_ONE = {  # where the names of a family's stacks end -> what experts that are quantized one by one are called
+    "gemma 4": {
+        ".experts.gate_up_proj": ".experts.{}.gate_proj .up_proj",
+        ".experts.down_proj": ".experts.{}.down_proj",
+    },
+    "gemma 4, below moe": {
+        ".experts.gate_up_proj": ".moe.experts.{}.gate_proj .up_proj",
+        ".experts.down_proj": ".moe.experts.{}.down_proj",
+    },
+    "granite-moe": {
+        ".input_linear.weight": ".experts.{}.gate_proj .up_proj", ".output_linear.weight": ".experts.{}.down_proj",
+    },
+    "dbrx": {f".mlp.{name}": f".mlp.{{}}.{name}" for name in ("w1", "v1", "w2")},
+}  # fmt: skip
 Rewrite = Callable[[str, str, str, torch.Tensor], tuple[Weights, torch.Tensor]]
 """(experts' path, "gate_up" or "down", "_bias" or "", a stack) -> the file's tensors, and the stack they stand for."""
 
@@ -146,3 +172,40 @@ def test_stacks_of_qwen_3_vl_have_their_blocks_scales_beside_them_either_way_rou
         assert packed.form.code == "fp8"
         for part in range(len(packed.parts)):
             torch.testing.assert_close(packed.rows_of(part), wanted.rows_of(part))
+
+
+@pytest.mark.parametrize("case", ONE_BY_ONE)
+def test_experts_of_a_stack_may_be_quantized_one_by_one(
+    case: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    name, options = EXPERT_FAMILIES[case.partition(",")[0]]
+    sizes = {"moe_intermediate_size": 64} if "moe_intermediate_size" in options else {}
+    if "ffn_config" in options:
+        sizes = {"ffn_config": options["ffn_config"] | {"ffn_hidden_size": 64}}
+    plain = make_tiny_model(getattr(transformers, name), "one_by_one", random_norms=True, **(options | sizes))
+    random, write = torch.Generator().manual_seed(0), compressed()
+    tensors, packed = load_file(plain / "model.safetensors"), Weights()
+    for name, tensor in tensors.items():
+        end = next((end for end in ONE_BY_ONE[case] if name.endswith(end)), None)
+        if end is None:
+            packed[name] = tensor
+            continue
+        first, *others = ONE_BY_ONE[case][end].split()
+        stack = tensor if tensor.dim() == 3 else tensor.unflatten(0, (options["ffn_config"]["moe_num_experts"], -1))
+        is_turned, values = end == ".mlp.w2", []
+        for i, one in enumerate(stack):
+            module = name.removesuffix(end) + first.format(i)
+            names = [module, *(module.rpartition(".")[0] + other for other in others)]
+            rows = (one.t() if is_turned else one).chunk(len(names))
+            written = [write(module, part, random) for module, part in zip(names, rows, strict=True)]
+            for module, (codes, _) in zip(names, written, strict=True):
+                packed |= {f"{module}.{leaf}": of_module for leaf, of_module in codes.items()}
+            whole = torch.cat([stands_for for _, stands_for in written if stands_for is not None])
+            values.append(whole.t() if is_turned else whole)
+        tensors[name] = torch.stack(values).reshape(tensor.shape)
+    shutil.copytree(plain, tmp_path / "packed")
+    for folder, of_folder in ((plain, tensors), (tmp_path / "packed", packed)):
+        save_file({name: one.contiguous() for name, one in of_folder.items()}, folder / "model.safetensors")
+    raw = json.loads((plain / "config.json").read_text()) | {"quantization_config": ct_words(4)}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(raw))
+    assert_stands_for(tmp_path / "packed", plain)

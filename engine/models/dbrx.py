@@ -75,5 +75,9 @@ class Dbrx(CausalLM):
                 for name, place in PLACES.items()
             ),
             Transpose(r"\.experts\.down_proj\.weight$"),
+            *(  # as quantized files have them: one by one, outputs first
+                Rename(rf"\.ffn\.experts\.mlp\.(\d+)\.{name}\.", rf".mlp.experts.\1.{place}.")
+                for name, place in PLACES.items()
+            ),
             *super().names,
         )

@@ -31,7 +31,7 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, every_nth_global, local_layers
 from engine.models.base import CausalLM, Decoder, RunBlock
 from engine.models.gemma import read_gemma
-from engine.models.moe import everywhere
+from engine.models.moe import EXPERTS, everywhere
 from engine.models.names import Copy, Ignore, Rename, Rule
 from engine.rope_config import parse_rope
 from kernels.elementwise import act_and_mul
@@ -227,6 +227,7 @@ class Gemma4(CausalLM):
             Rename(r"\.router\.scale$", ".router_norm.weight"),
             Rename(r"\.router\.per_expert_scale$", ".expert_scales.weight"),
             Rename(r"^(model\.layers\.\d+)\.experts\.", r"\1.moe.experts."),
+            EXPERTS[0],  # quantized files have them one by one, some below `moe`
             Ignore(rf"{attention_of(shared)}(k_proj|v_proj|k_norm)\."),  # the files have them, nothing reads them
             Copy(rf"({attention_of(without_values)})k_proj\.", r"\1v_proj."),
         )
