@@ -10,62 +10,9 @@
 // float16, else bfloat16. WARPS: of a block. WINDOW: 0 none, 1 sliding, 2 chunks. HAS_SOFTCAP, HAS_MAP: of slots. SINKS: 0
 // none, 1 numbers like the others, 2 float.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-struct Args {
-  const u16 *qkv, *q_norm, *k_norm;  // the norms' weights, or null
-  u16 *k_cache, *v_cache, *out;
-  const float *cos_sin;
-  const int *positions, *seq_lens, *rows, *slot_table, *slot_map;
-  const void* sinks;
-  long long qkv_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride;
-  int num_kv_heads, window;
-  float scale, softcap, eps;  // scale, softcap: of scores in units of log2
-};
-
-// ---- the machine ----
-
-__device__ __forceinline__ float from_x(u32 bits) {
-  if (!IS_HALF) return __uint_as_float(bits << 16);
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
-  return f;
-}
-__device__ __forceinline__ u16 to_x(float f) {
-  u16 bits;
-  if (IS_HALF) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// A barrier of the cluster in two parts: before others write into this block's shared memory, it must have begun.
-__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// Writes to where `p` is in another block's shared memory.
-__device__ __forceinline__ void store_to_block(float* p, u32 rank, float f) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}"
-               :: "r"((u32)__cvta_generic_to_shared(p)), "r"(rank), "f"(f) : "memory");
-}
-extern __shared__ float shared[];
-// ---- end of the machine ----
-
 constexpr int LANES = D / 8, ROWS = 32 / LANES, UNROLL = G > 4 ? 2 : 4;
 constexpr int SHORT = UNROLL / 2;  // tokens of each group of lanes, of contexts that need no more
 constexpr int GROUPS = SPLIT * WARPS * ROWS;  // of lanes, in the cluster
-constexpr float NONE = -1e30f;                // the largest score of no token
-constexpr float LOG2_E = 1.44269504f;
 
 __device__ __forceinline__ void widen(uint4 x, float (&f)[8]) {
   const u32 words[4] = {x.x, x.y, x.z, x.w};
@@ -82,10 +29,6 @@ __device__ __forceinline__ float sum_of_lanes(float f) {
 #pragma unroll
   for (int mask = LANES / 2; mask; mask /= 2) f += __shfl_xor_sync(0xffffffffu, f, mask);
   return f;
-}
-
-__device__ __forceinline__ float capped(float score, float cap) {  // cap * tanh(score / cap)
-  return HAS_SOFTCAP ? cap - 2.0f * cap / (exp2_of(2.0f * LOG2_E * score / cap) + 1.0f) : score;
 }
 
 // Norms and rotates a lane's part of a head; `partner`: the elements that they rotate with.
@@ -216,8 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
     wait_for_input();
     return;
   }
-  const int first_seen = WINDOW == 2 ? position / args.window * args.window
-                         : WINDOW == 1 ? max(position + 1 - args.window, 0) : 0;
+  const int first_seen = first_seen_from(position, args.window);
   const int num_old = position - first_seen;
   arrive_in_cluster();
   const int d = lane % LANES * 8, group = (warp * ROWS + lane / LANES) * SPLIT + rank;
@@ -330,58 +272,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
 
 #pragma unroll
   for (int mask = LANES; mask < 32; mask *= 2) softmax.merge(mask);
-  constexpr int SHARE = G * D / SPLIT;  // of the result, which a block merges
-  float *sums = shared, *most = sums + WARPS * G * D, *totals = most + WARPS * G;  // by warp
-  float *block_sums = totals + WARPS * G, *block_most = block_sums + G * D, *block_totals = block_most + SPLIT * G;
+  const Parts results(D);
   if (lane < LANES) {
 #pragma unroll
     for (int g = 0; g < G; g++) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) sums[(warp * G + g) * D + d + i] = softmax.sums[g][i];
+      for (int i = 0; i < 8; i++) results.sums[(warp * G + g) * D + d + i] = softmax.sums[g][i];
       if (lane == 0) {
-        most[warp * G + g] = softmax.m[g];
-        totals[warp * G + g] = softmax.l[g];
+        results.most[warp * G + g] = softmax.m[g];
+        results.totals[warp * G + g] = softmax.l[g];
       }
     }
   }
-  __syncthreads();
-  wait_for_cluster();
-  for (int i = threadIdx.x; i < G * D; i += 32 * WARPS) {
-    const int g = i / D, owner = i / SHARE;
-    float m = NONE, l = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) m = fmaxf(m, most[w * G + g]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float scale = exp2_of(most[w * G + g] - m);
-      l += scale * totals[w * G + g];
-      sum += scale * sums[w * G * D + i];
-    }
-    store_to_block(block_sums + rank * SHARE + i % SHARE, owner, sum);
-    if (i % SHARE == 0 || i % D == 0) {  // the owner's first of this head
-      store_to_block(block_most + rank * G + g, owner, m);
-      store_to_block(block_totals + rank * G + g, owner, l);
-    }
-  }
-  arrive_in_cluster();
-  wait_for_cluster();
-  for (int j = threadIdx.x; j < SHARE; j += 32 * WARPS) {
-    const int i = rank * SHARE + j, g = i / D;
-    float m = NONE, l = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int r = 0; r < SPLIT; r++) m = fmaxf(m, block_most[r * G + g]);
-    if (SINKS) {
-      const int head = kv_head * G + g;
-      const float sink = LOG2_E * (SINKS == 2 ? ((const float*)args.sinks)[head] : from_x(((const u16*)args.sinks)[head]));
-      m = fmaxf(m, sink);
-      l = exp2_of(sink - m);
-    }
-#pragma unroll
-    for (int r = 0; r < SPLIT; r++) {
-      const float scale = exp2_of(block_most[r * G + g] - m);
-      l += scale * block_totals[r * G + g];
-      sum += scale * block_sums[r * SHARE + j];
-    }
-    args.out[((long long)request * args.num_kv_heads + kv_head) * G * D + i] = to_x(sum / l);
-  }
+  merge_parts<D>(args, results, request, kv_head, rank, WARPS);
 }

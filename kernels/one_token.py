@@ -1,4 +1,4 @@
-"""Attention of single tokens straight from their products, in CUDA for Hopper: see `one_token.cu`."""
+"""Attention of single tokens straight from their products, in CUDA for Hopper: see `one_token_heads.cu`."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Args(ctypes.Structure):
-    """The kernel's arguments; `one_token.cu` has the same struct."""
+    """The kernels' arguments; `one_token_parts.cu` has the same struct."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
@@ -51,9 +51,14 @@ class Variant(NamedTuple):
     num_warps: int = WARPS
 
     @property
+    def file(self) -> str:
+        """Return where the kernel is: registers have no room for wider heads as tensor cores take them."""
+        return "one_token_heads.cu" if self.head_dim <= 128 else "one_token.cu"
+
+    @property
     def shared_bytes(self) -> int:
         """Return the shared memory of a block: a partial result of each warp, and a share of each block's."""
-        return 4 * self.group * (self.num_warps * (self.head_dim + 2) + self.head_dim + 2 * SPLIT)
+        return 4 * self.group * (self.num_warps * (self.head_dim + 3) + self.head_dim + 2 * SPLIT)
 
 
 def source(variant: Variant) -> str:
@@ -70,7 +75,7 @@ def source(variant: Variant) -> str:
         "SPLIT": SPLIT,
         "WARPS": variant.num_warps,
     }
-    return joined(defines, "one_token.cu")
+    return joined(defines, "one_token_parts.cu", variant.file)
 
 
 @functools.cache

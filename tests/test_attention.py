@@ -406,7 +406,7 @@ def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lens", [[1], [64], [1000, 1, 130], [5000]])
+@pytest.mark.parametrize("lens", [[1], [64], [1000, 1, 130], [129, 1025], [5000]])
 @pytest.mark.parametrize(
     ("num_heads", "head_dim", "rotary_dim", "options"),
     [
@@ -417,6 +417,9 @@ def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
         (16, 64, 64, {"window": 128, "sinks": [1.0, -2.0] * 8}),
         (4, 256, 256, {"window": 100, "softcap": 1.5}),
         (16, 256, 128, {}),
+        (16, 128, 128, {}),
+        (2, 128, 32, {}),
+        (6, 64, 16, {}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
