@@ -19,8 +19,13 @@ from kernels.triton_softmax import arrival_counters
 from kernels.tuning import Configs
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts
-GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
-FP4_BLOCK = (4, 512)  # likewise, with more rows for each input that is read, since arithmetic takes longer than memory
+# Rows and inputs of a program for one pair, with a gate and without, by code: where arithmetic takes longer than the
+# memory does, more rows for each input that is read.
+PAIR_BLOCKS = {
+    "fp4": ((4, 512), (4, 512)),
+    **dict.fromkeys(("int8", "fp8", "castable fp8"), ((8, 256), (32, 256))),
+}
+OTHER_PAIR_BLOCKS = (2, 1024), (8, 256)
 MAX_COMPARED_PAIRS = 2048  # each with each; more are counted by chunks, and placed
 COMPARED_ROWS, COMPARED_COLUMNS = 8, 512
 SORT_BLOCK, MAX_CHUNKS, PLACED_EXPERTS = 1024, 64, 4  # pairs that are looked at together, ..., experts of a program
@@ -179,7 +184,7 @@ def expert_products_triton(
         "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
     }  # fmt: skip
     if by_expert is None:
-        block_n, block_k = FP4_BLOCK if code == "fp4" else GATED_BLOCK if act else PLAIN_BLOCK
+        block_n, block_k = PAIR_BLOCKS.get(code or "", OTHER_PAIR_BLOCKS)[act is None]
         _pair_kernel[(num_pairs, cdiv(n, block_n))](
             x, *tensors, bias, ids, out, n, rows, per_input, **format_of, NUM_HELD=num_experts if is_shared_out else 0,
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
