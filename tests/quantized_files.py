@@ -552,6 +552,11 @@ CASES: dict[str, Case] = {
         {"quant_method": "auto-round", "bits": 3, "group_size": GROUP, "sym": False, "packing_format": "auto_round"},
         gptq(3, zero_offset=0),
     ),
+    "auto-round, packed for GPTQModel": Case(
+        {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False,
+         "packing_format": "auto_round:gptqmodel"},
+        gptq(zero_offset=0),
+    ),
     "auto-round, MXFP4": Case(
         {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp", "act_bits": 4,
          "packing_format": "auto_round:llm_compressor"},

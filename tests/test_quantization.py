@@ -493,6 +493,8 @@ def test_a_folder_in_mistrals_own_format_says_what_is_needed(tmp_path: Path) -> 
         ({"quant_method": "quark", "layer_quant_config": {"*": "x"}}, "layer_quant_config, .* must be of type dict"),
         ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 1}}, "quantized_layers, a must be of type dict"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "4-bit af4.*only nf4"),
+        ({"group_size": 64, "bits": 4, "mode": "affine"}, "mlx .group_size and bits without a quant_method"),
+        (ct_words(4) | {"format": "marlin-24"}, "'marlin-24' of integers .*only pack-quantized and int"),
         ({"quant_method": "hqq"}, "hqq.*while it is loaded: --quantization .*int4"),
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "'int4_weight_only' .* pickled"),
         ({"quant_method": "torchao", "quant_type": {"default": 4}}, "quant_type, default must be an object with _type"),
@@ -536,6 +538,52 @@ def test_a_flag_that_contradicts_the_file_names_both(config: Any, flag: str, mes
 def test_a_flag_named_after_a_kernel_means_its_format(method: str, flags: tuple[str, ...]) -> None:
     for flag in (None, "none", *flags):
         assert type(quantization_of({"quant_method": method}, flag)) is METHODS[method]
+
+
+OPTIONAL = (
+    "format", "version", "bits", "w_bit", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "dynamic",
+    "activation_scheme", "fmt", "weight_block_size", "data_type", "packing_format", "extra_config", "ignore", "exclude",
+    "modules_to_not_convert", "llm_int8_skip_modules", "bnb_4bit_quant_type", "config_groups", "sparsity_config",
+    "layer_quant_config", "exclude_modules", "quantized_layers", "include_input_output_embeddings",
+)  # fmt: skip
+OPTIONAL_OF_GROUPS = (
+    "num_bits",
+    "type",
+    "symmetric",
+    "group_size",
+    "actorder",
+    "block_structure",
+    "strategy",
+    "format",
+)
+
+
+def with_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with null for what it does not have, its groups of modules too."""
+    groups = {
+        name: group | {"weights": dict.fromkeys(OPTIONAL_OF_GROUPS) | group["weights"]}
+        for name, group in config.get("config_groups", {}).items()
+    }
+    return dict.fromkeys(OPTIONAL) | config | ({"config_groups": groups} if groups else {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_entry_that_is_null_is_as_one_that_is_not_there(name: str) -> None:
+    config = CASES[name].config
+    for module in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj", "lm_head"):
+        wanted, got = (quantization_of(one, None).scheme_of(module) for one in (config, with_nulls(config)))
+        assert got == wanted
+
+
+@pytest.mark.parametrize("name", ["modelopt", "compressed-tensors, W4A16", "bitsandbytes", "bitsandbytes, int8"])
+def test_spellings_of_old_libraries_are_read(name: str) -> None:
+    config = CASES[name].config
+    inner = {entry: value for entry, value in config.items() if entry != "quant_method"}
+    nested = {"modelopt": {"quantization": inner}, "compressed-tensors, W4A16": {"quantization_config": config}}
+    module = "model.layers.0.mlp.up_proj"
+    assert quantization_of(nested.get(name, inner), None).scheme_of(module) == quantization_of(config, None).scheme_of(
+        module
+    )
 
 
 @pytest.mark.parametrize(

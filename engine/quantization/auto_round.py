@@ -9,10 +9,10 @@ from engine.quantization.floats import stored_fp8, stored_mxfp4, stored_mxfp8, s
 from engine.quantization.fp8 import SCALES, checked_block
 from engine.quantization.gptq import Options, stored_gptq
 from engine.quantization.modules import own_names, regular_expression
-from engine.quantization.packed import ByModule, Stored, is_head, objects
+from engine.quantization.packed import ByModule, Stored, entry, is_head, objects
 
 PLAIN_BITS = 16  # as many or more: the module is not quantized
-OWN_PACKING = "auto_round"
+OWN_PACKING = "auto_round"  # that of GPTQ's second version, as is that which is named after GPTQModel
 
 
 class AutoRound(ByModule):
@@ -42,7 +42,7 @@ class AutoRound(ByModule):
             return None
         if isinstance(bits := raw.get("bits"), int) and bits >= PLAIN_BITS:
             return None
-        return stored_integers(raw) if raw.get("data_type", "int") == "int" else stored_floats(raw)
+        return stored_integers(raw) if entry(raw, "data_type", str, "int") == "int" else stored_floats(raw)
 
 
 def stored_integers(raw: Mapping[str, Any]) -> Stored:
@@ -51,7 +51,7 @@ def stored_integers(raw: Mapping[str, Any]) -> Stored:
     if packing != OWN_PACKING and "gptq" not in packing and "awq" not in packing:
         raise ModelError(f"auto-round's packing_format {packing!r} of integers is not supported, only auto_round, "
                          "auto_gptq and auto_awq")  # fmt: skip
-    zero_offset = 1 if "gptq" in packing else 0  # its own packing is that of GPTQ's second version
+    zero_offset = 0 if packing == OWN_PACKING or "gptqmodel" in packing else 1
     options = Options(zero_offset=zero_offset).overridden(
         {name: raw.get(name) for name in ("bits", "group_size", "sym")}
     )

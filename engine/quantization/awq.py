@@ -63,7 +63,7 @@ class AWQ(ByModule):
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`. `ModelError` for other kinds of AWQ."""
         super().__init__()
-        bits = raw.get("bits", raw.get("w_bit", 4))
+        bits = entry(raw, "bits", int, entry(raw, "w_bit", int, 4))
         version = next((raw[name] for name in ("version", "checkpoint_format", "format") if raw.get(name)), "gemm")
         version = str(version).lower()
         if bits != 4 or version != "gemm":

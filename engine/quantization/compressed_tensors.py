@@ -25,6 +25,9 @@ from kernels.quantized import Format
 from kernels.weights import ShapeError
 
 CLASSES = ("Linear",)  # of modules, that a group may name in place of these
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+# Of integers. The others are of a whole file, some of whose modules have a byte for each.
+LAYOUTS = (PACKED, PLAIN, "naive-quantized", "float-quantized", "mixed-precision", "dense", "")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def _read_group(name: str, raw: Mapping[str, Any], format_of_all: str) -> Group:
 
 def _stored(weights: Mapping[str, Any], inputs: Mapping[str, Any], layout: str) -> Stored:
     """Return how weights are stored. `ModelError` for what is not supported."""
-    bits, kind = entry(weights, "num_bits", int, 8), str(weights.get("type", "int"))
+    bits, kind = entry(weights, "num_bits", int, 8), entry(weights, "type", str, "int")
     group_size = max(entry(weights, "group_size", int, 0), 0)
     if kind == "float" and bits == 4:
         if group_size == MX_GROUP:
@@ -87,15 +90,18 @@ def _stored(weights: Mapping[str, Any], inputs: Mapping[str, Any], layout: str) 
         block = checked_block(weights.get("block_structure"), "block_structure")
         rounds = _rounding(inputs, "float") is not None
         return stored_fp8(block=block, rounds_inputs=rounds, has_input_scale=inputs.get("dynamic") is False)
+    if layout not in LAYOUTS and kind == "int":
+        raise ModelError(f"compressed-tensors' format {layout!r} of integers is not supported, only "
+                         f"{PACKED} and {PLAIN}: save them so")  # fmt: skip
     if kind == "int" and 2 <= bits <= 8:
-        return (_packed if layout == "pack-quantized" else _plain)(bits, group_size, weights, inputs)
+        return (_packed if layout == PACKED else _plain)(bits, group_size, weights, inputs)
     raise ModelError(f"compressed-tensors' weights of {bits} bits, type {kind}, are not supported, only int of 2 to 8 "
                      "bits and float of 4 or 8")  # fmt: skip
 
 
 def _rounding(inputs: Mapping[str, Any], kind: str) -> str | None:
     """Return what products round inputs to: what the weights are, int8 or fp8, or nothing, which is more exact."""
-    is_alike = inputs.get("num_bits") == 8 and inputs.get("type") == kind and inputs.get("symmetric", True)
+    is_alike = inputs.get("num_bits") == 8 and inputs.get("type") == kind and entry(inputs, "symmetric", bool, True)
     if not is_alike:
         return None
     return "fp8" if kind == "float" else "int8"
@@ -103,7 +109,7 @@ def _rounding(inputs: Mapping[str, Any], kind: str) -> str | None:
 
 def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Stored:
     """Return how values are stored that were packed into words along the inputs; zeros along the outputs."""
-    has_zero, has_order = not weights.get("symmetric", True), weights.get("actorder") == "group"
+    has_zero, has_order = not entry(weights, "symmetric", bool, True), weights.get("actorder") in ("group", True)
 
     def codes(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
         found = codes_of(words, bits, has_zero=has_zero)
@@ -143,7 +149,7 @@ def size_of(shape: torch.Tensor) -> tuple[int, int]:
 
 def _plain(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Stored:
     """Return how values are stored that have a byte each; of those that need no more, half of one is kept."""
-    has_zero, rounding = not weights.get("symmetric", True), _rounding(inputs, "int") if bits == 8 else None
+    has_zero, rounding = not entry(weights, "symmetric", bool, True), _rounding(inputs, "int") if bits == 8 else None
     has_input_scale = rounding is not None and inputs.get("dynamic") is False
     form = Format(
         "int8" if bits > 4 else "int4",

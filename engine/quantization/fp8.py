@@ -6,7 +6,7 @@ from typing import Any
 from engine.errors import ModelError, shown
 from engine.quantization.floats import stored_fp8
 from engine.quantization.modules import Modules
-from engine.quantization.packed import ByModule, Stored, is_head
+from engine.quantization.packed import ByModule, Stored, entry, is_head
 
 SCALES = ("weight_scale_inv", "weight_scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
@@ -19,8 +19,8 @@ class FP8(ByModule):
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`. `ModelError` for what is not supported."""
         super().__init__()
-        activations = str(raw.get("activation_scheme", "dynamic"))
-        if (kind := str(raw.get("fmt") or "e4m3")) not in ("e4m3", "float8_e4m3fn"):
+        activations = entry(raw, "activation_scheme", str, "dynamic")
+        if (kind := entry(raw, "fmt", str, "e4m3")) not in ("e4m3", "float8_e4m3fn"):
             raise ModelError(f"fp8 of kind {kind!r} is not supported, only e4m3")
         if activations not in ("dynamic", "static"):
             raise ModelError(f"fp8's activation_scheme {activations!r} is not supported, only dynamic and static")

@@ -37,7 +37,7 @@ class BlockwiseInt8(W8A8Int8):
     """Scales of blocks (`weight_block_size`). Inputs are not rounded, which is more exact."""
 
     def stored_everywhere(self, raw: Mapping[str, Any]) -> Stored:
-        block = checked_block(raw.get("weight_block_size", BLOCK), "weight_block_size")
+        block = checked_block(raw.get("weight_block_size") or BLOCK, "weight_block_size")
         rows, columns = block or (1, 0)
 
         def of_blocks(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ METHODS: dict[str, Reader] = {
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
 
 NONE = (None, "", "none", "null")
+MLX = "mlx (group_size and bits without a quant_method)"
 # Other names of a method in config.json.
 SAME_METHOD = {
     "auto_round": "auto-round",
@@ -103,7 +104,8 @@ def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantiza
 
 
 def _of_file(raw: Mapping[str, Any], wanted: str | None) -> Quantization:
-    named = str(raw.get("quant_method") or ("modelopt" if "quant_algo" in raw else "")).lower()
+    raw = _flat(raw)
+    named = str(raw.get("quant_method") or _unnamed(raw)).lower()
     method = SAME_METHOD.get(named, named)
     if method not in METHODS:
         raise ModelError(
@@ -113,3 +115,20 @@ def _of_file(raw: Mapping[str, Any], wanted: str | None) -> Quantization:
     if wanted is not None and method not in (wanted, *KINDS.get(wanted, ())):
         raise ModelError(f"--quantization {wanted}, but the checkpoint says quant_method {named!r}")
     return METHODS[method](raw)
+
+
+def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration with what some libraries nest in it: ModelOpt, and an older compressed-tensors."""
+    for name in ("quantization", "quantization_config"):
+        if isinstance(inner := raw.get(name), dict):
+            return {"quant_method": "modelopt" if name == "quantization" else "compressed-tensors"} | {**raw, **inner}
+    return raw
+
+
+def _unnamed(raw: Mapping[str, Any]) -> str:
+    """Return the method of a configuration that names none, by the entries that it has."""
+    if "quant_algo" in raw:
+        return "modelopt"
+    if raw.get("load_in_4bit") or raw.get("load_in_8bit"):  # as transformers wrote it in 2023
+        return "bitsandbytes"
+    return MLX if {"group_size", "bits"} <= {*raw} else ""
