@@ -27,7 +27,8 @@ PAIR_BLOCKS = {
 }
 OTHER_PAIR_BLOCKS = (2, 1024), (8, 256)
 MAX_COMPARED_PAIRS = 2048  # each with each; more are counted by chunks, and placed
-COMPARED_ROWS, COMPARED_COLUMNS = 8, 512
+# By most pairs: how many of them a program compares with all, so many at once, one load of them behind the other.
+COMPARED = {1536: (8, 512), MAX_COMPARED_PAIRS: (4, 2048)}
 SORT_BLOCK, MAX_CHUNKS, PLACED_EXPERTS = 1024, 64, 4  # pairs that are looked at together, ..., experts of a program
 WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
@@ -103,9 +104,9 @@ def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
     order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
     options: dict[str, Any] = {"BLOCK_E": next_power_of_2(num_experts), **launch_options(ids.device, num_warps=4)}
     if num_pairs <= MAX_COMPARED_PAIRS:
-        _compare_kernel[(1 + cdiv(num_pairs, COMPARED_ROWS),)](
-            ids, ends, tile_ends, order, num_pairs, num_experts, block_m,
-            BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, **options,
+        rows, columns = next(sizes for most, sizes in COMPARED.items() if num_pairs <= most)
+        _compare_kernel[(1 + cdiv(num_pairs, rows),)](
+            ids, ends, tile_ends, order, num_pairs, num_experts, block_m, BLOCK_M=rows, BLOCK=columns, **options
         )  # fmt: skip
     else:
         chunk = max(SORT_BLOCK, next_power_of_2(cdiv(num_pairs, MAX_CHUNKS)))

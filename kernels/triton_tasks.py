@@ -51,7 +51,8 @@ DECODE_CANDIDATES = {
     16: [DecodeConfig(32, 1, 4, 2), DecodeConfig(32, 2, 4, 3), DecodeConfig(64, 4, 3, 2)],
     1 << 20: [DecodeConfig(32, 1, 4, 4), DecodeConfig(32, 2, 4, 4), DecodeConfig(64, 4, 2, 4)],
 }
-# Where a cache has 8 bits, as candidates too.
+# As candidates too, where heads have up to 64 values, and where a cache has 8 bits: more tokens have room.
+NARROW_HEAD, DECODE_NARROW_CANDIDATES = 64, {4: [], 16: [], 1 << 20: [DecodeConfig(64, 1, 4, 4)]}
 DECODE_BYTES_CANDIDATES = {4: [], 16: [DecodeConfig(32, 1, 4, 4)], 1 << 20: [DecodeConfig(32, 1, 3, 8)]}
 DECODE_LENS = {4: (1, 4096), 16: (8, 1024), 1 << 20: (64, 1024)}  # most requests -> requests and tokens of each, timed
 PREFILL_CANDIDATES = [PrefillConfig(64, 64, 4, 3), PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)]
@@ -66,7 +67,12 @@ ABSORBED_LEN = 256  # tokens of a prompt that goes the absorbed way
 PREFIX_REQUESTS, PREFIX_LEN, OWN_LEN = 32, 2048, 64
 TILE_CANDIDATES = {  # pairs of a tile -> configurations
     16: [TileConfig(64, 128, 4, 4), TileConfig(64, 64, 4, 5), TileConfig(32, 128, 4, 4), TileConfig(128, 64, 8, 4)],
-    32: [TileConfig(64, 128, 4, 3), TileConfig(64, 64, 4, 5), TileConfig(128, 64, 8, 4)],
+    32: [
+        TileConfig(64, 128, 4, 3),
+        TileConfig(64, 64, 4, 5),
+        TileConfig(128, 64, 8, 4),
+        TileConfig(128, 128, 4, 3),
+    ],
     64: [TileConfig(128, 64, 4, 4), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 4, 4)],
     128: [TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 8, 4)],
 }
@@ -274,6 +280,8 @@ def decode_task(shape: AttentionShape, limit: int, dtype: torch.dtype, device: t
         return _attention_launches(decode, shape, _batch(num_requests, 1, seq_len, device), dtype)
 
     configs, candidates = DECODE_CONFIGS, DECODE_CANDIDATES[limit]
+    if shape.head_dim <= NARROW_HEAD:
+        candidates = candidates + DECODE_NARROW_CANDIDATES[limit]
     if shape.kv_dtype.itemsize == 1:
         configs, candidates = DECODE_BYTES_CONFIGS, DECODE_BYTES_CANDIDATES[limit] + candidates
     return Task(configs, (next_power_of_2(shape.head_dim), limit), candidates, prepare)

@@ -614,8 +614,7 @@ def test_inputs_are_put_in_the_order_in_which_threads_decode_words_of_their_weig
 
 
 @interpreted
-@pytest.mark.parametrize("most_compared", [0, 1024])
-@pytest.mark.parametrize("num_tokens", [1, 37, 150, 450])
+@pytest.mark.parametrize(("num_tokens", "most_compared"), [*product((1, 37, 150, 450), (0, 1024)), (900, 2048)])
 def test_pairs_are_sorted_by_expert_and_others_left_out(
     num_tokens: int, most_compared: int, monkeypatch: pytest.MonkeyPatch
 ):
