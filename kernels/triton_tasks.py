@@ -67,15 +67,11 @@ ABSORBED_LEN = 256  # tokens of a prompt that goes the absorbed way
 PREFIX_REQUESTS, PREFIX_LEN, OWN_LEN = 32, 2048, 64
 TILE_CANDIDATES = {  # pairs of a tile -> configurations
     16: [TileConfig(64, 128, 4, 4), TileConfig(64, 64, 4, 5), TileConfig(32, 128, 4, 4), TileConfig(128, 64, 8, 4)],
-    32: [
-        TileConfig(64, 128, 4, 3),
-        TileConfig(64, 64, 4, 5),
-        TileConfig(128, 64, 8, 4),
-        TileConfig(128, 128, 4, 3),
-    ],
+    32: [TileConfig(64, 128, 4, 3), TileConfig(64, 64, 4, 5), TileConfig(128, 64, 8, 4)],
     64: [TileConfig(128, 64, 4, 4), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 4, 4)],
     128: [TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 8, 4)],
 }
+DOWN_TILES = {32: [TileConfig(128, 128, 4, 3)]}  # as candidates too, of plain numbers and without an activation
 TILE_PAIRS = {16: 2, 32: 16, 64: 48, 128: 128}  # pairs of a tile -> those of an expert, timed
 
 
@@ -206,7 +202,9 @@ def expert_task(shape: ExpertShape, block_m: int, dtype: torch.dtype, device: to
 
     code = kernel_code(None if shape.form is None else code_of(shape.form, shape.k), device)
     key = (shape.num_rows, shape.k, TILE_CODES.index(code), block_m)
-    return Task(TILE_CONFIGS, key, TILE_CANDIDATES[block_m], prepare)
+    is_plain_down = shape.form is None and shape.act is None
+    candidates = TILE_CANDIDATES[block_m] + (DOWN_TILES.get(block_m, []) if is_plain_down else [])
+    return Task(TILE_CONFIGS, key, candidates, prepare)
 
 
 # ---- attention ----
