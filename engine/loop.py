@@ -312,8 +312,7 @@ class StepLoop:
         device_s, idle_s = self.runner.times(step)
         # By the device's own clock: the host's polls only bound the end from below and above.
         self._last_end = min(max(self._begun_at(step) + device_s, self._seen_running), start)
-        if step.tells_pace:
-            self._pace.observe(step.plan, device_s)
+        self._pace.observe(step.plan, device_s, is_slow_way=step.is_slow_way)
         self._log.on_resolve(outcome)
         stats = self.stats
         stats.num_steps += 1

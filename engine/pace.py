@@ -102,15 +102,23 @@ class StepPace:
         budget.work = min(budget.work, max(work, min_work))
         budget.context_cost, budget.min_tokens = self.context_cost.value, self.min_tokens
 
-    def observe(self, plan: Plan, device_s: float) -> None:
-        """Update the estimates with the device seconds that `plan` took."""
+    def observe(self, plan: Plan, device_s: float, *, is_slow_way: bool = False) -> None:
+        """Update the estimates with the device seconds that `plan` took.
+
+        is_slow_way: longer prompts would have taken less a token. So what these took is the most, and shortens no
+        chunk; but it ends that a few slow steps make all others be of this kind.
+        """
         if plan.is_decode:
             self.decode_s = _follow(self.decode_s, device_s)
         elif self._prefill_work(plan) >= self.min_sample_work:
             prefill_s = max(device_s - self.decode_s, 0.0)
+            token_s = prefill_s / self._prefill_work(plan)
+            if is_slow_way:
+                self.prefill_token_s = min(self.prefill_token_s, token_s)
+                self.slow_token_s = min(self.slow_token_s, token_s)
+                return
             num_tokens = plan.num_prefill_tokens
             self.context_cost.observe(num_tokens, self._prefill_work(plan, 1.0) - num_tokens, prefill_s)
-            token_s = prefill_s / self._prefill_work(plan)
             self.prefill_token_s = _follow(self.prefill_token_s, token_s)
             self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
 

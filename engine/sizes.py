@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.step.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
+from engine.step.cuda_graph import MAX_FEW_PROMPTS_TOKENS, MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
 
 CPU_ROWS, CUDA_ROWS = 64, 1024  # requests that run at once
 CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048  # prompt tokens of a step
@@ -131,11 +131,6 @@ class Sizes:
         return num_tokens + self.page_size
 
 
-# Of prompts, in a CUDA graph of a model with latents: it knows no contexts, so it attends to latents themselves, which
-# takes several times as long as to keys that are made of them.
-MAX_LATENT_TOKENS = 512
-
-
 def max_graph_tokens(bytes_per_token: int) -> int:
     """Return the tokens of the largest step that a CUDA graph makes faster, of which each meets so much of weights."""
     return int(MAX_GRAPH_WORK / bytes_per_token)
@@ -158,10 +153,10 @@ def choose_graph_sizes(
     assert config.cuda_graph_max_bs
     return GraphSizes(
         config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs),
-        max_prompt_tokens=min(sizes.chunk, sizes.max_len, *([MAX_LATENT_TOKENS] if has_latents else [])),
+        max_prompt_tokens=min(sizes.chunk, sizes.max_len, *([MAX_FEW_PROMPTS_TOKENS] if has_latents else [])),
         max_tokens=max_tokens,
         max_requests=sizes.num_rows,
-        only_short_prompts=has_latents,
+        has_latents=has_latents,
     )
 
 

@@ -5,6 +5,10 @@ from typing import NamedTuple
 import torch
 
 FEW_TOKENS = 16  # of products for which the matrices' bytes and the launch count, not the operations
+# Of prompts, in a CUDA graph, up to which they attend to latents themselves, however long the contexts are: it knows
+# none. That takes several times as long a token as to attend to keys that are made of them.
+MAX_ABSORBED_TOKENS = 512
+GRAPH_CONTEXT = 1024  # cached tokens for which a graph has room that makes keys
 
 
 class LatentSizes(NamedTuple):
@@ -19,6 +23,14 @@ class LatentSizes(NamedTuple):
         of_token = self.rank * (self.key_dim + self.value_dim)
         of_pair = 2 * self.rank - self.key_dim - self.value_dim  # more than expanded ones take
         return (seq_len - q_len) * of_token - q_len * seq_len * of_pair
+
+
+def graph_room(num_tokens: int) -> int:
+    """Return how long the contexts of a graph's prompts may be together, those `num_tokens` included.
+
+    0: however long; they are attended to as latents.
+    """
+    return num_tokens + GRAPH_CONTEXT if num_tokens > MAX_ABSORBED_TOKENS else 0
 
 
 class Expansion(NamedTuple):

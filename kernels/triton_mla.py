@@ -17,7 +17,7 @@ from kernels import hopper_latents, hopper_prefill
 from kernels.attention import SameBatch, gather
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.card import card_of
-from kernels.latents import Expansion, LatentSizes, absorb, values_of
+from kernels.latents import Expansion, LatentSizes, absorb, graph_room, values_of
 from kernels.launch import cdiv, next_power_of_2
 from kernels.tile_sizes import MIN_BLOCK, fitting, least_rows, tile_bytes
 from kernels.triton_decode import DECODE_LIMITS, decode
@@ -129,12 +129,16 @@ def latent_attention_triton(
 ) -> torch.Tensor:
     """Run `kernels.mla.latent_attention` in Triton. On one device it must not run on two streams at once.
 
-    In a CUDA graph, whose contexts are unknown, prompts go the absorbed way, and so they do where that is less work.
+    Prompts go the absorbed way where that is less work, and a CUDA graph's, whose contexts are unknown, where it is to
+    serve any: see `kernels.latents.graph_room`.
     """
     out = q.new_empty(*q.shape[:2], expansion.sizes.value_dim)
     configs = configs or latent_configs(q, expansion.sizes, batch.num_decodes)
     has_prompts = batch.num_decodes < len(batch.rows)
-    is_absorbed = batch.is_for_graph or not has_prompts or _prefer_absorbed(SameBatch(batch), expansion.sizes)
+    if batch.is_for_graph:
+        is_absorbed = not graph_room(len(q) - batch.num_decodes)
+    else:
+        is_absorbed = not has_prompts or _prefer_absorbed(SameBatch(batch), expansion.sizes)
     if num_absorbed := len(q) if is_absorbed else batch.num_decodes:
         found = _absorbed(q[:num_absorbed], cache, expansion, batch, scale, configs)
         values_of(found, expansion, out[:num_absorbed])
@@ -196,34 +200,45 @@ class _Piece:
 
 
 @functools.lru_cache(maxsize=2)
-def _pieces(key: SameBatch, most_tokens: int, most_prompts: int) -> list[_Piece]:
-    """Cut a step's prompts into runs with contexts of at most `most_tokens`, if they are more than one."""
+def _pieces(key: SameBatch, num_tokens: int, most_tokens: int, most_prompts: int) -> list[_Piece]:
+    """Cut a step's prompts into runs with contexts of at most `most_tokens`, if they are more than one.
+
+    A graph's `num_tokens` of prompts stay together.
+    """
     batch = key.batch
     lens, pieces, first = batch.seq_lens_host, [], batch.num_decodes
+    if batch.is_for_graph:
+        return [_piece(batch, first, len(lens), graph_room(num_tokens))]
     while first < len(lens):
         ends = np.cumsum(lens[first:])
         last = first + min(max(int(np.searchsorted(ends, most_tokens, side="right")), 1), most_prompts)
-        pieces.append(_piece(batch, first, last))
+        pieces.append(_piece(batch, first, last, _few_sizes(int(lens[first:last].sum()))))
         first = last
     return pieces
 
 
-def _piece(batch: AttentionBatch, first: int, last: int) -> _Piece:
-    lens_host, device = batch.seq_lens_host[first:last], batch.slot_table.device
-    ends_host = np.cumsum(lens_host)
-    total = int(ends_host[-1])
-    starts = torch.from_numpy((ends_host - lens_host).astype(np.int32)).to(device, non_blocking=True)
-    requests = torch.arange(first, last, device=device)
-    of_slot = torch.repeat_interleave(requests, batch.seq_lens[first:last], output_size=total)
-    numbers = torch.arange(total, dtype=torch.int32, device=device)
+def _few_sizes(num_tokens: int) -> int:
+    """Return the next of eight sizes between powers of 2: for each libraries look for a kernel, and load it, anew."""
+    step = 1 << max(num_tokens.bit_length() - 4, 0)
+    return cdiv(num_tokens, step) * step
+
+
+def _piece(batch: AttentionBatch, first: int, last: int, room: int) -> _Piece:
+    """Put the contexts of prompts one after another into `room` slots, by what the device knows; the rest is any."""
+    seq_lens, rows = batch.seq_lens[first:last], batch.rows[first:last]
+    ends = torch.cumsum(seq_lens, 0, dtype=torch.int32)
+    starts = ends - seq_lens
+    numbers = torch.arange(room, dtype=torch.int32, device=seq_lens.device)
+    requests = torch.searchsorted(ends, numbers, right=True).clamp_(max=last - first - 1)
+    positions = torch.minimum(numbers - starts[requests], seq_lens[requests] - 1).clamp_(min=0)
     return _Piece(
-        slots=batch.slot_table[batch.rows[of_slot], numbers - starts[of_slot - first]],
+        slots=batch.slot_table[rows[requests], positions],
         rows=starts,
-        seq_lens=batch.seq_lens[first:last],
+        seq_lens=seq_lens,
         cu_q_lens=batch.cu_q_lens[first : last + 1],
-        slot_table=numbers.as_strided((1, total), (1, 1)),
+        slot_table=numbers.as_strided((1, room), (1, 1)),
         q_lens_host=batch.q_lens_host[first:last],
-        seq_lens_host=lens_host,
+        seq_lens_host=batch.seq_lens_host[first:last],
     )
 
 
@@ -245,7 +260,8 @@ def _expanded(
     head_bytes = (n + expansion.sizes.value_dim) * q.dtype.itemsize  # of a token
     is_hopper = rank % 8 == 0 and hopper_prefill.can_prefill_shared(q, expansion.sizes.value_dim, q.shape[2] - n)
     most_prompts = hopper_prefill.MAX_SHARED_REQUESTS if is_hopper else len(batch.rows)
-    for piece in _pieces(SameBatch(batch), EXPANDED_BYTES // (head_bytes * num_heads), most_prompts):
+    num_tokens = len(q) - batch.num_decodes
+    for piece in _pieces(SameBatch(batch), num_tokens, EXPANDED_BYTES // (head_bytes * num_heads), most_prompts):
         latents = gather(cache, piece.slots, q.dtype)[:, 0]
         num_parts = cdiv(head_bytes * num_heads * len(latents), EXPANDED_BYTES)
         step = num_heads if num_parts == 1 else cdiv(num_heads, num_parts) if is_hopper else 1

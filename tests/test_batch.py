@@ -276,15 +276,37 @@ def test_a_single_request_with_a_long_context_has_a_graph_of_its_own(monkeypatch
     assert made.shape_for(plan_of([LONG_CONTEXT], [], every=1)) == StepShape(2, 0, 0, 2, False)
 
 
-@pytest.mark.parametrize(("only_short_prompts", "kept_to"), [(False, 512), (True, 0)])
-def test_chunks_do_not_keep_to_graphs_of_short_prompts(
-    only_short_prompts: bool, kept_to: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def latent_graphs(max_prompt_tokens: int, *, has_latents: bool, monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    stager = Stager(64, 1024, torch.zeros(65, 16, dtype=torch.int32))
-    sizes = GraphSizes([1, 2, 4], 512, 1024, 64, only_short_prompts)
-    graphs = StepGraphs(sizes, stager, lambda _staged: (torch.empty(0), torch.empty(0)), lambda: None)
+    stager = Stager(4096, 64, torch.zeros(65, 16, dtype=torch.int32))
+    sizes = GraphSizes([1, 2, 4], max_prompt_tokens, 4096, 64, has_latents)
+    return StepGraphs(sizes, stager, lambda _staged: (torch.empty(0), torch.empty(0)), lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("has_latents", "max_prompt_tokens", "kept_to"), [(False, 512, 512), (True, 512, 0), (True, 4096, 2016)]
+)
+def test_chunks_do_not_keep_to_graphs_whose_prompts_attend_to_latents(
+    has_latents: bool, max_prompt_tokens: int, kept_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = latent_graphs(max_prompt_tokens, has_latents=has_latents, monkeypatch=monkeypatch)
     assert graphs.prompt_sizes(2, has_groups=False)[1] == kept_to
+
+
+def test_a_graph_of_latents_serves_many_prompt_tokens_behind_short_contexts_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = latent_graphs(4096, has_latents=True, monkeypatch=monkeypatch)
+    for num_tokens, num_cached, size in (
+        (400, 8000, 416), (500, 8000, None), (700, 1000, 736), (700, 1060, 736), (700, 1061, None),
+    ):  # fmt: skip
+        plan = plan_of([9, 9], [num_tokens], every=1)
+        plan.seq_lens[2] += num_cached
+        shape = graphs.shape_for(plan)
+        assert (shape and shape.num_prefill_tokens) == size
+        assert shape is None or graphs.is_slow_way(plan, shape) == (num_tokens < 500)
+    assert not graphs.is_slow_way(plan_of([9], [], every=1), StepShape(1, 0, 0, 1, False))
+    assert graphs.eager_sizes()[:2] == [576, 640], "behind long contexts"
 
 
 def test_a_field_is_added_by_a_line_in_the_table() -> None:

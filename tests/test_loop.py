@@ -57,7 +57,7 @@ class ManualRunner:
         self.ranks = None
         self.graphs: ManualGraphs | None = None
         self.splitter = ManualSplitter()
-        self.tells_pace, self.prompt_s = True, 0.0
+        self.is_slow_way, self.prompt_s = False, 0.0
 
     def launch(self, plan: Plan) -> Step:
         if self.error is not None:
@@ -72,7 +72,7 @@ class ManualRunner:
             StepShape.of(plan),
             is_graph=False,
             launched_at=time.perf_counter(),
-            tells_pace=self.tells_pace,
+            is_slow_way=self.is_slow_way,
         )
         step.done = Future()
         self.ends.append(step.done)
@@ -340,10 +340,10 @@ async def test_beside_streams_a_chunk_keeps_to_the_largest_graph() -> None:
         assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 64, 64]  # where 70 are granted
 
 
-@pytest.mark.parametrize(("tells_pace", "chunk"), [(True, 8), (False, 70)])
-async def test_a_step_that_tells_no_pace_shortens_no_chunk(tells_pace: bool, chunk: int) -> None:
+@pytest.mark.parametrize(("is_slow_way", "chunk"), [(False, 8), (True, 70)])
+async def test_a_step_that_goes_a_slow_way_shortens_no_chunk(is_slow_way: bool, chunk: int) -> None:
     async with running_loop(max_step_ms=60, chunked_prefill_size=35 * 16) as (loop, runner):
-        runner.tells_pace, runner.prompt_s = tells_pace, 1.0
+        runner.is_slow_way, runner.prompt_s = is_slow_way, 1.0
         submit(loop, [*range(4, 54)], stream=True)
         await settle()
         submit(loop, [*range(4, 204)])
@@ -351,6 +351,16 @@ async def test_a_step_that_tells_no_pace_shortens_no_chunk(tells_pace: bool, chu
         await runner.finish(1)
         chunks = [step.plan.num_prefill_tokens for step in runner.launched]
         assert chunks[:3] == [50, 0, chunk], "8: the fewest, since 50 took a second"
+
+
+def test_chunks_that_one_slow_step_made_short_grow_by_what_short_ones_take() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
+    observe(pace, 1000, 0.2)
+    assert int(pace.prefill_budget(num_streams=1).work) == 270, "of 200 us each"
+    pace.observe(plan_of(512), 0.0256, is_slow_way=True)
+    assert int(pace.prefill_budget(num_streams=1).work) == 1080, "50 us at most"
+    pace.observe(plan_of(512), 0.2, is_slow_way=True)
+    assert int(pace.prefill_budget(num_streams=1).work) == 1080, "longer ones take less"
 
 
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:

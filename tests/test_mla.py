@@ -257,6 +257,72 @@ def test_a_captured_graph_serves_any_lengths_by_absorbing(lens: list[tuple[int, 
     check(latent_attention_triton(q, cache, expansion, captured, scale=0.3), q, cache, expansion, batch)
 
 
+@pytest.mark.parametrize("lens", [[(30, 34), (24, 24)], [(1, 9), (40, 60), (7, 7), (5, 9)], [(1, 40), (54, 54)]])
+def test_a_graph_of_many_prompt_tokens_makes_keys_of_contexts_that_fit(
+    lens: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.latents.MAX_ABSORBED_TOKENS", 50)
+    monkeypatch.setattr("kernels.latents.GRAPH_CONTEXT", 24)
+    monkeypatch.setattr("kernels.triton_mla.prefill", lambda q, keys, *args, **options: calls.append(len(keys)))
+    calls: list[int] = []
+    batch = make_batch(lens, seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    num_tokens, padding = len(q) - batch.num_decodes, torch.zeros(2, dtype=torch.int32)
+    captured = replace(
+        batch,
+        is_for_graph=True,
+        rows=torch.cat((batch.rows, padding)),
+        seq_lens=torch.cat((batch.seq_lens, padding)),
+        cu_q_lens=torch.cat((batch.cu_q_lens, batch.cu_q_lens[-1:].expand(2))),
+        q_lens_host=np.ones(len(lens) + 2, np.int64),
+        seq_lens_host=np.ones(len(lens) + 2, np.int64),
+    )
+    latent_attention_triton(q, cache, expansion, captured, scale=0.3)
+    assert calls == [num_tokens + 24]
+    monkeypatch.undo()
+    monkeypatch.setattr("kernels.latents.MAX_ABSORBED_TOKENS", 50)
+    monkeypatch.setattr("kernels.latents.GRAPH_CONTEXT", 24)
+    check(latent_attention_triton(q, cache, expansion, captured, scale=0.3), q, cache, expansion, batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [LatentSizes(128, 128, 512), LatentSizes(192, 256, 512)])
+def test_one_graph_serves_prompts_of_other_lengths_by_keys(sizes: LatentSizes) -> None:
+    random, num_heads, num_tokens = torch.Generator("cuda").manual_seed(1), 5, 700
+    new = functools.partial(torch.randn, generator=random, device="cuda", dtype=torch.bfloat16)
+    weight = new(num_heads * (sizes.key_dim + sizes.value_dim), 512) / 512**0.5
+    q = new(3 + num_tokens, num_heads, sizes.key_dim + 64)
+    expansion = Expansion(weight, num_heads, sizes)
+    batches = [
+        make_batch([(1, 900), (1, 7), (1, 40), *prompts], seed=0)
+        for prompts in (
+            [(700, 700), (0, 0), (0, 0)],
+            [(100, 1000), (300, 300), (290, 350)],
+            [(2, 2), (500, 1500), (0, 0)],
+        )
+    ]
+    cache = new(max(batch.slot_table.numel() for batch in batches), 1, 576)
+    table = torch.zeros(len(batches[0].slot_table), 2048, dtype=torch.int32, device="cuda")
+    captured = replace(batches[0], is_for_graph=True, slot_table=table)
+    graph = torch.cuda.CUDAGraph()
+    latent_attention_triton(q, cache, expansion, replace(captured), scale=0.05)  # compiles
+    with torch.cuda.graph(graph):
+        out = latent_attention_triton(q, cache, expansion, captured, scale=0.05)
+    for batch in batches:
+        for name in ("rows", "seq_lens", "cu_q_lens"):
+            getattr(captured, name).copy_(getattr(batch, name))
+        table[:, : batch.slot_table.shape[1]] = batch.slot_table
+        graph.replay()
+        num_tokens, n = int(batch.q_lens_host.sum()), np.count_nonzero(batch.q_lens_host)
+        real = replace(
+            batch, rows=batch.rows[:n], seq_lens=batch.seq_lens[:n], cu_q_lens=batch.cu_q_lens[: n + 1],
+            q_lens_host=batch.q_lens_host[:n], seq_lens_host=batch.seq_lens_host[:n],
+        )  # fmt: skip
+        floats = expansion._replace(weight=weight.float())
+        wanted = latent_attention_torch(q[:num_tokens].float(), cache.float(), floats, real, scale=0.05)
+        torch.testing.assert_close(out[:num_tokens].float(), wanted, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("most_bytes", [1, 6000])
 def test_contexts_may_be_expanded_piece_by_piece(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.triton_mla.EXPANDED_BYTES", most_bytes)

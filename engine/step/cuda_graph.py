@@ -19,6 +19,7 @@ import torch
 from engine.schedule.plan import Groups, Plan
 from engine.step.batch import StagedBatch, Stager
 from engine.step.fields import StepShape
+from kernels.latents import MAX_ABSORBED_TOKENS, graph_room
 from kernels.one_token import LONG_CONTEXT
 
 
@@ -46,6 +47,7 @@ LADDERS = (
     Ladder(1024, 72, (512, 2048, 8192), has_groups=True),
 )
 MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
+MAX_FEW_PROMPTS, MAX_FEW_PROMPTS_TOKENS = LADDERS[0].num_prompts, LADDERS[0].num_tokens[-1]
 # Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
 # 0.5 ms, which are then hidden by computing at least three times as long.
 MAX_GRAPH_WORK = 3.4e13
@@ -69,7 +71,7 @@ class GraphSizes(NamedTuple):
     max_prompt_tokens: int  # of a step that has any
     max_tokens: int  # of all of a step
     max_requests: int  # that run at once
-    only_short_prompts: bool = False  # longer ones go a way of their own, which takes less a token
+    has_latents: bool = False  # the cache: what prompts' contexts may be together depends on the graph
 
 
 class StepGraphs:
@@ -88,7 +90,7 @@ class StepGraphs:
 
         has_windows, has_rope: of all steps, has_feature_rows: of those with prompts, see `StepShape`.
         """
-        self.only_short_prompts = sizes.only_short_prompts
+        self._has_latents = sizes.has_latents
         self._has_feature_rows = has_feature_rows
         self._decode_shape = functools.partial(_decode_shape, has_windows=has_windows, has_rope=has_rope)
         self._prefill_shape = functools.partial(
@@ -96,7 +98,7 @@ class StepGraphs:
         )
         self.batch_sizes = sorted(sizes.batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
-        self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
+        self.ladders = fitting_ladders(*sizes[1:])
         self._stager, self._run, self._meet = stager, run, meet
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -125,8 +127,17 @@ class StepGraphs:
                 and ladder.has_groups == (plan.groups is not None)
             ):
                 size = ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)]
-                return self._prefill_shape(ladder, size)
+                return self._prefill_shape(ladder, size) if self._has_room(size, plan) else None
         return None
+
+    def _has_room(self, num_tokens: int, plan: Plan) -> bool:
+        """Return whether the contexts of the prompts in `plan` fit into a graph for `num_tokens` of them."""
+        room = graph_room(num_tokens) if self._has_latents else 0
+        return not room or int(plan.seq_lens[plan.num_decodes :].sum()) <= room
+
+    def is_slow_way(self, plan: Plan, shape: StepShape) -> bool:
+        """Return whether the prompts in `plan` take more a token in the graph of `shape` than longer ones would."""
+        return self._has_latents and not plan.is_decode and not graph_room(shape.num_prefill_tokens)
 
     def prompt_sizes(self, num_decodes: int, has_groups: bool) -> tuple[list[int], int]:
         """Return what `unpadded_sizes` does of these graphs, which must not be written to, and what chunks keep to.
@@ -136,7 +147,8 @@ class StepGraphs:
         key = num_decodes, has_groups
         if key not in self._prompt_sizes:
             sizes = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
-            self._prompt_sizes[key] = sizes, 0 if self.only_short_prompts else largest_size(self.ladders, *key)
+            largest = largest_size(self.ladders, *key)
+            self._prompt_sizes[key] = sizes, 0 if self._has_latents and not graph_room(largest) else largest
         return self._prompt_sizes[key]
 
     def _takes_features(self, plan: Plan) -> bool:
@@ -155,6 +167,8 @@ class StepGraphs:
         sizes: list[int] = []
         if self.ladders:
             largest = max(ladder.num_tokens[-1] for ladder in self.ladders)
+            if self._has_latents:  # behind long contexts smaller ones have no graph either
+                largest = min(largest, MAX_ABSORBED_TOKENS)
             while (size := _round_up(largest + 1)) <= self._stager.max_tokens:
                 sizes.append(largest := size)
         return sizes
@@ -265,12 +279,16 @@ def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
     return kept
 
 
-def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
+def fitting_ladders(
+    max_prompt_tokens: int, max_tokens: int, max_requests: int, has_latents: bool = False
+) -> list[Ladder]:
     """Return those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
     ladders: list[Ladder] = []
     for ladder in LADDERS:
         num_decodes = min(ladder.num_decodes, max_requests)
         limit = min(max_prompt_tokens, max_tokens - num_decodes)
+        if has_latents and ladder.num_prompts > MAX_FEW_PROMPTS:
+            limit = min(limit, MAX_ABSORBED_TOKENS)  # keys are made for few prompts at a time
         num_tokens = tuple(size for size in ladder.num_tokens if size <= limit)
         is_covered = any(
             smaller.num_decodes >= num_decodes

@@ -53,7 +53,7 @@ class Step:
     shape: StepShape  # of `staged`
     is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
-    tells_pace: bool = True  # what it takes says what others of its kind will
+    is_slow_way: bool = False  # longer prompts take less a token
     corun: Corun | None = None  # its layers are split so
     host_s: float = 0.0  # what it took the CPU worker
     done: Future[None] | None = None  # of the worker that computes it, on a CPU; nobody tells of a GPU's end
@@ -244,7 +244,7 @@ class ModelRunner:
             launched_at=time.perf_counter(),
         )
         if self.graphs is not None and step.is_graph:
-            step.tells_pace = plan.is_decode or not self.graphs.only_short_prompts
+            step.is_slow_way = self.graphs.is_slow_way(plan, shape)
         step.awaits_masks = step.work.masked is not None
         if self.ranks is not None:
             self.ranks.announce(step)
