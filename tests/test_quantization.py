@@ -438,6 +438,17 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
         pack_weights(TinyEngine(broken(made, name, tmp_path / "broken", change)).model)
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors, W4A16 with zeros", "compressed-tensors, W8A16"])
+def test_sizes_that_words_fill_need_not_be_in_the_file(name: str, made, tmp_path: Path) -> None:
+    def without_sizes(files: dict[str, torch.Tensor]) -> None:
+        for tensor in [tensor for tensor in files if tensor.endswith("weight_shape")]:
+            del files[tensor]
+
+    ids = random_ids(20, seed=0)
+    folder = broken(made, name, tmp_path / "without", without_sizes)
+    assert torch.equal(engine_of(folder).forward({0: ids}), engine_of(made[name][0]).forward({0: ids}))
+
+
 def test_a_pointer_in_the_place_of_weights_is_named(made, tmp_path: Path) -> None:
     shutil.copytree(made["awq"][0], folder := tmp_path / "cloned")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"

@@ -71,6 +71,15 @@ def test_missing_and_unexpected_weights_are_all_named(checkpoint: Path) -> None:
     assert unexpected == "unexpected: model.layers.7.mlp.up_proj.weight"
 
 
+def test_of_many_weights_that_do_not_fit_some_are_named_and_the_others_counted(checkpoint: Path) -> None:
+    codes = {f"model.layers.0.experts.{i:02}.qweight": torch.zeros(2) for i in range(52)}
+    edit(checkpoint, **codes, **{"model.layers.0.mlp.up_proj.weight": None})
+    with pytest.raises(
+        ModelError, match=r"experts\.49\.qweight and 2 more; .* the quantization_config .* says nothing"
+    ):
+        load(checkpoint)
+
+
 def test_a_weight_of_another_shape_is_named_with_both_shapes(checkpoint: Path) -> None:
     edit(checkpoint, **{"model.layers.0.self_attn.q_proj.weight": torch.zeros(60, 64)})
     with pytest.raises(ModelError, match=r"layers.0.self_attn.q_proj.weight has shape \[60, 64\].* \[64, 64\]"):

@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 # Of an embedding, by a model's rules, which call a tied head's so as well.
 NUMBERS, SCALE = ("model.embed_tokens.weight", "model.embed_tokens.codes"), "model.embed_tokens.scale"
 OTHERS = ("consolidated", "adapter_model")  # how files begin that hold the weights in other names, or other weights
+# What ends the names of codes and of what goes with them.
+OF_FEW_BITS = {
+    "qweight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "absmax",
+    "SCB",
+    "_weight_qdata",
+    "blocks",
+}
+MOST_LISTED = 50  # names of weights in an error
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
@@ -337,10 +349,27 @@ def locate_weights(
     absent = ((quantization.in_file(name), index) for name, index in targets.keys() - found)
     missing = [name if index is None else f"{name}[{index}]" for name, index in absent]
     if missing or unexpected:
-        lists = {"missing": sorted(missing), "unexpected": list(dict.fromkeys(unexpected))}
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
-        raise ModelError(f"the weights in {files[0].parent} do not fit the model; {listed}")
+        raise ModelError(f"the weights in {files[0].parent} do not fit the model; {_misfit(missing, unexpected)}")
     return located
+
+
+def _misfit(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return what is missing and what there is too much, and what that is a sign of."""
+    lists = {"missing": sorted(missing), "unexpected": list(dict.fromkeys(unexpected))}
+    found = [f"{kind}: {_listed(names)}" for kind, names in lists.items() if names]
+    if missing and not _has_few_bits(missing) and _has_few_bits(unexpected):
+        found.append("those are of few bits, of which the quantization_config in config.json says nothing")
+    return "; ".join(found)
+
+
+def _has_few_bits(names: Sequence[str]) -> bool:
+    return any(name.partition("[")[0].rpartition(".")[2] in OF_FEW_BITS for name in names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names in a row: of a model with experts there are a hundred thousand."""
+    more = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.device) -> None:

@@ -111,12 +111,13 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
     """Return how values are stored that were packed into words along the inputs; zeros along the outputs."""
     has_zero, has_order = not entry(weights, "symmetric", bool, True), weights.get("actorder") in ("group", True)
 
-    def codes(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+    def codes(words: torch.Tensor, shape: torch.Tensor | None) -> torch.Tensor:
         found = codes_of(words, bits, has_zero=has_zero)
-        return found[:, : size_of(shape)[1] // (2 if bits <= 4 else 1)]
+        return found if shape is None else found[:, : size_of(shape)[1] // (2 if bits <= 4 else 1)]
 
-    def zeros(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-        return zeros_of(turned(words), bits).t()[: size_of(shape)[0]]
+    def zeros(words: torch.Tensor, shape: torch.Tensor | None) -> torch.Tensor:
+        found = zeros_of(turned(words), bits).t()
+        return found if shape is None else found[: size_of(shape)[0]]
 
     form = Format(
         "int4" if bits <= 4 else "int8",
@@ -129,9 +130,9 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
     return Stored(
         form,
         {
-            "weight_packed": ("codes", With(("weight_shape",), codes)),
+            "weight_packed": ("codes", With(("weight_shape",), codes, optional=True)),
             "weight_scale": ("scale", row_scales),
-            "weight_zero_point": ("zero", With(("weight_shape",), zeros)) if has_zero else None,
+            "weight_zero_point": ("zero", With(("weight_shape",), zeros, optional=True)) if has_zero else None,
             "weight_g_idx": ("order",) if has_order else None,
             "weight_shape": None,
             **NOT_OF_WEIGHTS,
