@@ -224,13 +224,18 @@ def _few_sizes(num_tokens: int) -> int:
 
 
 def _piece(batch: AttentionBatch, first: int, last: int, room: int) -> _Piece:
-    """Put the contexts of prompts one after another into `room` slots, by what the device knows; the rest is any."""
+    """Put the contexts of prompts one after another into `room` slots, by what the device knows.
+
+    The last token stands in all that are left: tiles of keys reach past the end, and what no row sees must be finite,
+    which a slot of padding need not be.
+    """
     seq_lens, rows = batch.seq_lens[first:last], batch.rows[first:last]
     ends = torch.cumsum(seq_lens, 0, dtype=torch.int32)
     starts = ends - seq_lens
     numbers = torch.arange(room, dtype=torch.int32, device=seq_lens.device)
-    requests = torch.searchsorted(ends, numbers, right=True).clamp_(max=last - first - 1)
-    positions = torch.minimum(numbers - starts[requests], seq_lens[requests] - 1).clamp_(min=0)
+    tokens = torch.minimum(numbers, ends[-1:] - 1)
+    requests = torch.searchsorted(ends, tokens, right=True)
+    positions = (tokens - starts[requests]).clamp_(min=0)  # of a rehearsal no token is real
     return _Piece(
         slots=batch.slot_table[rows[requests], positions],
         rows=starts,

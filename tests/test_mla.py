@@ -285,6 +285,20 @@ def test_a_graph_of_many_prompt_tokens_makes_keys_of_contexts_that_fit(
     check(latent_attention_triton(q, cache, expansion, captured, scale=0.3), q, cache, expansion, batch)
 
 
+def test_past_the_contexts_stands_their_last_token_and_no_padding() -> None:
+    batch = make_batch([(1, 9), (3, 7), (5, 5)], seed=0, device=DEVICE)
+    padding = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    padded = replace(
+        batch, rows=torch.cat((batch.rows, padding)), seq_lens=torch.cat((batch.seq_lens, padding)),
+        cu_q_lens=torch.cat((batch.cu_q_lens, batch.cu_q_lens[-1:].expand(2))),
+        q_lens_host=np.ones(5, np.int64), seq_lens_host=np.ones(5, np.int64),
+    )  # fmt: skip
+    piece = triton_mla._piece(padded, batch.num_decodes, 5, 20)
+    contexts = [batch.slot_table[row, :length] for row, length in zip(batch.rows[1:], (7, 5), strict=True)]
+    assert piece.slots.tolist() == [*torch.cat(contexts).tolist(), *[int(contexts[-1][-1])] * 8]
+    assert piece.rows.tolist() == [0, 7, 12, 12]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [LatentSizes(128, 128, 512), LatentSizes(192, 256, 512)])
 def test_one_graph_serves_prompts_of_other_lengths_by_keys(sizes: LatentSizes) -> None:
@@ -301,7 +315,8 @@ def test_one_graph_serves_prompts_of_other_lengths_by_keys(sizes: LatentSizes) -
             [(2, 2), (500, 1500), (0, 0)],
         )
     ]
-    cache = new(max(batch.slot_table.numel() for batch in batches), 1, 576)
+    cache = new(max(batch.slot_table.numel() for batch in batches) + 1, 1, 576)
+    cache[-1] = float("nan")
     table = torch.zeros(len(batches[0].slot_table), 2048, dtype=torch.int32, device="cuda")
     captured = replace(batches[0], is_for_graph=True, slot_table=table)
     graph = torch.cuda.CUDAGraph()
@@ -312,6 +327,7 @@ def test_one_graph_serves_prompts_of_other_lengths_by_keys(sizes: LatentSizes) -
         for name in ("rows", "seq_lens", "cu_q_lens"):
             getattr(captured, name).copy_(getattr(batch, name))
         table[:, : batch.slot_table.shape[1]] = batch.slot_table
+        table[batch.rows[batch.seq_lens == 0].long()] = len(cache) - 1  # of no request: nobody sees it
         graph.replay()
         num_tokens, n = int(batch.q_lens_host.sum()), np.count_nonzero(batch.q_lens_host)
         real = replace(
