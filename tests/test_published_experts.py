@@ -20,8 +20,10 @@ from kernels.quantized import QuantizedWeight
 from tests.quantized_files import (
     BITSANDBYTES,
     BLOCK,
+    FLOAT8,
     Weights,
     compressed,
+    ct_config,
     ct_words,
     fp4,
     nf4,
@@ -33,7 +35,9 @@ from tests.test_experts import FAMILIES as EXPERT_FAMILIES
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 from tests.vision_models import FAMILIES, make_vision_model
 
-STACKED = re.compile(r"(.*\.mlp\.experts|.*\.feed_forward\.experts)\.(gate_up|down)_proj(_bias)?")
+STACKED = re.compile(
+    r"(.*\.mlp\.experts|.*\.feed_forward\.experts|.*\.layers\.\d+\.experts)\.(gate_up|down)_proj(_bias)?"
+)
 ONE_BY_ONE = {  # where the names of a family's stacks end -> what experts that are quantized one by one are called
     "gemma 4": {
         ".experts.gate_up_proj": ".experts.{}.gate_proj .up_proj",
@@ -209,3 +213,31 @@ def test_experts_of_a_stack_may_be_quantized_one_by_one(
     raw = json.loads((plain / "config.json").read_text()) | {"quantization_config": ct_words(4)}
     (tmp_path / "packed" / "config.json").write_text(json.dumps(raw))
     assert_stands_for(tmp_path / "packed", plain)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "scale_inv"])
+def test_stacks_of_gemma_4_have_their_scales_beside_them(
+    name: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    config_class, options = EXPERT_FAMILIES["gemma 4"]
+    plain = make_tiny_model(getattr(transformers, config_class), "gemma", random_norms=True, **options)
+
+    def rewrite(path: str, product: str, bias: str, stack: torch.Tensor) -> tuple[Weights, torch.Tensor]:
+        scale, module = stack.abs().amax(-1, keepdim=True) / 448, f"{path}.{product}_proj"
+        if name == "scale_inv":  # of blocks
+            scale = torch.stack([of_blocks(one) for one in stack]) / 448
+        whole = torch.stack([spread(some, one) for some, one in zip(scale, stack, strict=True)])
+        codes = to_fp8(stack / whole)
+        return {module: codes, f"{module}_{name}": scale}, codes.float() * whole
+
+    config: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    if name == "weight_scale":
+        config = ct_config("float-quantized", FLOAT8 | {"strategy": "channel"})
+    rewritten(plain, tmp_path / "packed", rewrite, config)
+    if name == "weight_scale":
+        assert_stands_for(tmp_path / "packed", plain)
+        return
+    for packed, wanted in zip(*(stacks_of(TinyEngine(folder)) for folder in (tmp_path / "packed", plain)), strict=True):
+        assert packed.form.code == "fp8"
+        for part in range(len(packed.parts)):
+            torch.testing.assert_close(packed.rows_of(part), wanted.rows_of(part))

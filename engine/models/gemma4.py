@@ -31,8 +31,8 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, every_nth_global, local_layers
 from engine.models.base import CausalLM, Decoder, RunBlock
 from engine.models.gemma import read_gemma
-from engine.models.moe import EXPERTS, everywhere
-from engine.models.names import Copy, Ignore, Rename, Rule
+from engine.models.moe import EXPERTS, everywhere, name_of_stack, unstacked_experts
+from engine.models.names import Beside, Copy, Ignore, Rename, Rule
 from engine.rope_config import parse_rope
 from kernels.elementwise import act_and_mul
 from kernels.routing import Routing
@@ -216,12 +216,17 @@ class Gemma4(CausalLM):
         return replace(config, attention=tuple(attention), experts=read_experts(raw))
 
     @property
+    def stacks(self) -> Sequence[Rule]:
+        return unstacked_experts(self.config.raw.get("num_experts", 0))
+
+    @property
     def names(self) -> Sequence[Rule]:
         attention = self.config.attention
         shared = [i for i, layer in enumerate(attention) if layer.kv_owner is not None]
         values_are_keys, is_local = self.config.raw.get("attention_k_eq_v", False), gemma4_local_layers(self.config.raw)
         without_values = [i for i, local in enumerate(is_local) if values_are_keys and not local]
         return (
+            Beside(name_of_stack, lambda _, one: one),
             *super().names,
             Rename(r"\.router\.proj\.", ".moe.gate."),
             Rename(r"\.router\.scale$", ".router_norm.weight"),
