@@ -24,6 +24,8 @@ from engine.layers.moe import StackedLinear
 from kernels.quantized import QuantizedWeight
 from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_gguf_families import (
+    GEMMA_4,
+    GEMMA_4_KEYS,
     HALVES_KEYS,
     IDS,
     LATENT,
@@ -39,6 +41,7 @@ from tests.test_gguf_families import (
     interleaved,
     logits_of,
     make_checkpoint,
+    named_scalars,
     quiet,
     write_file,
 )
@@ -105,6 +108,22 @@ def as_stacks(tensors: Tensors, config: Any) -> Tensors:
         if match := re.search(r"experts\.mlp\.(\w+)$", name):
             stack = tensor.unflatten(0, (8, -1))
             result[f"{name}.weight"] = stack.transpose(1, 2) if match[1] == "w2" else stack
+        else:
+            result[name] = tensor
+    return result
+
+
+def parts_of_gemma_4(tensors: Tensors, config: Any) -> Tensors:
+    """Name scales of routers and of experts as llama.cpp does; stacks have the package's names."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        block = re.sub(r"model\.layers\.(\d+)\..*", r"blk.\1", name)
+        if name.endswith(".router.scale"):
+            result[f"{block}.ffn_gate_inp.scale"] = tensor
+        elif name.endswith(".router.per_expert_scale"):
+            result[f"{block}.ffn_down_exps.scale"] = tensor
+        elif match := re.search(r"\.experts\.(gate_up|down)_proj$", name):
+            result[f"{block}.ffn_{match[1]}_exps.weight"] = tensor
         else:
             result[name] = tensor
     return result
@@ -295,6 +314,18 @@ OF_OUR_OWN = {
         },
         USED | LAYER_NORM | {"attention.clamp_kqv": 0.5, "attention.key_length": None, "attention.head_count_kv": 2},
         (as_stacks,),
+    ),
+    "Gemma 4": Case(
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA_4
+        | {
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 8,
+            "top_k_experts": 3, "moe_intermediate_size": 32,
+        },
+        GEMMA_4_KEYS | USED | SMALL | {"attention.head_count_kv": [2, 2, 1, 2, 1]},
+        (named_scalars, parts_of_gemma_4),
+        layers=5,
     ),
     "Llama 4": Case(
         "llama4",

@@ -637,7 +637,7 @@ def test_a_file_becomes_the_checkpoint_it_was_made_of(name: str, tmp_path: Path)
 
 
 def test_every_architecture_of_the_table_has_a_case() -> None:
-    assert {case.arch for case in CASES.values()} - {"deepseek2"} == {
+    assert {case.arch for case in CASES.values()} - {"deepseek2", "gemma4"} == {
         name for name in FILES if not ARCHITECTURES[name].has_experts
     }
 

@@ -18,6 +18,7 @@ from engine.checkpoint.gguf_experts import (
     deepseek_variant,
     ernie_experts,
     expert_names,
+    gemma4_experts,
     glm_experts,
     granite_experts,
     grok_experts,
@@ -208,7 +209,7 @@ ARCHITECTURES = {
         "gemma4_text",
         keys={"final_logit_softcapping": "{}.final_logit_softcapping"},
         fixed=GELU,
-        derived=(gemma4_layers,),
+        derived=(gemma4_layers, gemma4_experts),
         rope=gemma4_rope,
         block=SANDWICH
         | {
@@ -216,7 +217,13 @@ ARCHITECTURES = {
             "inp_gate": "per_layer_input_gate",
             "proj": "per_layer_projection",
             "post_norm": "post_per_layer_input_norm",
-        },
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1",
+            "post_ffw_norm_2": "post_feedforward_layernorm_2",
+            "expert_scales": "router.per_expert_scale",
+        }
+        | {name: module.removeprefix(".") for name, module in expert_names("").items()}
+        | {"ffn_gate_inp": "router.proj"},
         top=TOP
         | {
             "per_layer_token_embd": "model.embed_tokens_per_layer",
@@ -225,7 +232,11 @@ ARCHITECTURES = {
         },
         has_fused_qkv=True,
         has_like_heads=False,
-        rules=(Rename(r"\.layer_scalar\.weight$", ".layer_scalar"),),
+        has_experts=True,
+        rules=(
+            Rename(r"\.(layer_scalar|per_expert_scale)\.weight$", r".\1"),
+            Rename(r"\.router\.proj\.scale$", ".router.scale"),
+        ),
     ),
     "phi2": Architecture(
         "PhiForCausalLM",

@@ -160,6 +160,18 @@ def deepseek_experts(gguf: GGUF) -> dict[str, Any]:
     }
 
 
+def gemma4_experts(gguf: GGUF) -> dict[str, Any]:
+    """Return the experts beside each layer's MLP; {} of a file without."""
+    if not (num_experts := gguf.get("{}.expert_count")):
+        return {}
+    return {
+        "enable_moe_block": True,
+        "num_experts": num_experts,
+        "top_k_experts": gguf["{}.expert_used_count"],
+        "moe_intermediate_size": gguf["{}.expert_feed_forward_length"],
+    }
+
+
 def dbrx_experts(gguf: GGUF) -> dict[str, Any]:
     """Return DBRX's two halves of a configuration, whose keys and values lie in them too."""
     clip = gguf.get("{}.attention.clamp_kqv")

@@ -14,7 +14,7 @@ from engine.checkpoint.gguf import GGUF
 from engine.checkpoint.gguf_family import Architecture
 from engine.checkpoint.gguf_rope import FACTOR_TENSORS, head_dim, rotary_dim
 from engine.errors import ModelError
-from engine.models.names import Ignore, Interleave, Piece, Rule, Split, pieces_of
+from engine.models.names import Ignore, Interleave, Piece, Rename, Rule, Split, pieces_of
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
     if architecture.has_experts:
         # Blocks behind the layers predict several tokens at once.
         rules += [Ignore(rf"^blk\.{i}\.") for i in range(gguf.num_layers, gguf["{}.block_count"])]
+        rules.append(Rename(r"\.ffn_down_exps\.scale$", ".expert_scales.weight"))  # one of each: no stack
         rules += [OfEachExpert(gguf), Split("ffn_gate_up", ("ffn_gate", "ffn_up"), (1, 1)), KeepRouters()]
     if architecture.has_latents:
         # `engine.checkpoint.gguf_latents` puts the former together; the latter, of long contexts, are not run.
