@@ -126,7 +126,7 @@ def converted(file: Path, config: EngineConfig) -> Path:
     digest = hashlib.sha256(f"{CONVERSION_VERSION} {identity}".encode()).hexdigest()[:12]
     kind = str(dtype).removeprefix("torch.") + ("-packed" if keeps_packed else "")
     folder = cache_dir(config) / f"{parts[0].stem}-{kind}-{digest}"
-    needs_tokenizer = config.tokenizer_path in (None, config.model_path)
+    needs_tokenizer = not config.skip_tokenizer_init and config.tokenizer_path in (None, config.model_path)
     if folder.is_dir() and (not needs_tokenizer or (folder / "tokenizer.json").exists()):
         return folder
     header = read_gguf(file)
