@@ -171,7 +171,7 @@ def test_ladders_keep_to_their_limits_and_cover_all_numbers_of_requests(
         if max_prompt_tokens >= 512:
             assert max(ladder.num_decodes for ladder in ours) == min(1024, max_requests)
             assert max(ladder.num_prompts for ladder in ours) >= min(MAX_PROMPTS, max_requests)
-        assert len({(ladder.num_decodes, ladder.num_prompts) for ladder in ours}) == len(ours)
+        assert len({(ladder.num_decodes, ladder.num_prompts, ladder.num_tokens) for ladder in ours}) == len(ours)
 
 
 @pytest.mark.parametrize("has_groups", [False, True])
@@ -194,9 +194,22 @@ def test_without_graphs_no_size_is_preferred() -> None:
     assert largest_size([], 4, has_groups=False) == 0
 
 
-@pytest.mark.parametrize(("num_decodes", "size"), [(0, 2048), (4, 2016), (40, 1024), (1000, 512)])
+@pytest.mark.parametrize(("num_decodes", "size"), [(0, 2048), (8, 2040), (9, 2016), (40, 1024), (1000, 512)])
 def test_the_largest_graph_of_a_step_has_room_for_its_decodes(num_decodes: int, size: int) -> None:
     assert largest_size(fitting_ladders(8192, 2117, 1024), num_decodes, has_groups=False) == size
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "num_tokens", "shape"),
+    [(2, 600, (32, 608)), (2, 609, (8, 760)), (8, 1272, (8, 1272)), (9, 1240, (32, 1248)), (9, 610, (32, 736))],
+)
+def test_few_decodes_beside_long_chunks_have_few_places(
+    num_decodes: int, num_tokens: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = graphs_of(4096, has_latents=False, monkeypatch=monkeypatch)
+    found = graphs.shape_for(plan_of([9] * num_decodes, [num_tokens], every=1))
+    assert found is not None and (found.num_decodes, found.num_prefill_tokens) == shape
+    assert num_tokens <= shape[1] in graphs.prompt_sizes(num_decodes, has_groups=False)[0]
 
 
 def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:
@@ -276,7 +289,7 @@ def test_a_single_request_with_a_long_context_has_a_graph_of_its_own(monkeypatch
     assert made.shape_for(plan_of([LONG_CONTEXT], [], every=1)) == StepShape(2, 0, 0, 2, False)
 
 
-def latent_graphs(max_prompt_tokens: int, *, has_latents: bool, monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
+def graphs_of(max_prompt_tokens: int, *, has_latents: bool, monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     stager = Stager(4096, 64, torch.zeros(65, 16, dtype=torch.int32))
     sizes = GraphSizes([1, 2, 4], max_prompt_tokens, 4096, 64, has_latents)
@@ -284,21 +297,21 @@ def latent_graphs(max_prompt_tokens: int, *, has_latents: bool, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("has_latents", "max_prompt_tokens", "kept_to"), [(False, 512, 512), (True, 512, 0), (True, 4096, 2016)]
+    ("has_latents", "max_prompt_tokens", "kept_to"), [(False, 512, 512), (True, 512, 0), (True, 4096, 2040)]
 )
 def test_chunks_do_not_keep_to_graphs_whose_prompts_attend_to_latents(
     has_latents: bool, max_prompt_tokens: int, kept_to: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graphs = latent_graphs(max_prompt_tokens, has_latents=has_latents, monkeypatch=monkeypatch)
+    graphs = graphs_of(max_prompt_tokens, has_latents=has_latents, monkeypatch=monkeypatch)
     assert graphs.prompt_sizes(2, has_groups=False)[1] == kept_to
 
 
 def test_a_graph_of_latents_serves_many_prompt_tokens_behind_short_contexts_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graphs = latent_graphs(4096, has_latents=True, monkeypatch=monkeypatch)
+    graphs = graphs_of(4096, has_latents=True, monkeypatch=monkeypatch)
     for num_tokens, num_cached, size in (
-        (400, 8000, 416), (500, 8000, None), (700, 1000, 736), (700, 1060, 736), (700, 1061, None),
+        (400, 8000, 416), (500, 8000, None), (700, 1000, 760), (700, 1084, 760), (700, 1085, None),
     ):  # fmt: skip
         plan = plan_of([9, 9], [num_tokens], every=1)
         plan.seq_lens[2] += num_cached

@@ -33,12 +33,15 @@ class Ladder(NamedTuple):
 
 
 ALONE_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
-FINE_TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048)
+FINE_TOKENS = tuple(range(64, 704, 64))
+LONG_TOKENS = (*range(768, 1280, 128), 1280, 1536, 1792, 2048)
 COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
 # The first that fits serves.
 LADDERS = (
     Ladder(0, 16, ALONE_TOKENS),
     Ladder(32, 16, tuple(size - 32 for size in FINE_TOKENS)),  # with the decodes, whole tiles of the products
+    Ladder(8, 16, tuple(size - 8 for size in LONG_TOKENS)),  # there a decode that is none takes as long as a token
+    Ladder(32, 16, tuple(size - 32 for size in LONG_TOKENS)),
     Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     Ladder(256, 72, COARSE_TOKENS),
     Ladder(512, 72, COARSE_TOKENS[2:]),
@@ -54,6 +57,7 @@ MAX_GRAPH_WORK = 3.4e13
 SAMPLE_MULTIPLE = 64  # of the tokens that a step without a graph samples
 SAME_TIME = 1.02  # times that differ by less are equal
 TIMED_REPLAYS = 3  # of a graph: the first also uploads it, which once made 16 tokens seem slower than 32
+TIMED_LONG_REPLAYS, LONG_STEP_TOKENS = 2, 512  # of so many tokens: they take most of a start's replays, and vary less
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 
@@ -219,7 +223,8 @@ class StepGraphs:
         self._meet()  # else the time would be that of waiting for the others
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         least_ms = float("inf")
-        for _ in range(TIMED_REPLAYS):
+        is_long = shape.num_decodes + shape.num_prefill_tokens >= LONG_STEP_TOKENS
+        for _ in range(TIMED_LONG_REPLAYS if is_long else TIMED_REPLAYS):  # as many on each rank
             begin.record()
             self._graphs[shape][0].replay()
             end.record()
