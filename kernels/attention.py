@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.cache_cpu import Gathered, kernels, kernels_ahead
 from kernels.elementwise import rope_and_store_torch
+from kernels.long_token import attend_long_token, can_attend_long_token
 from kernels.one_token import attend_one_token, can_attend_one_token
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
-# Tokens of a step, at most, whose heads are rotated in attention: see `attention_of_products`. With more, a request
-# might read what another one of the step is about to store: see `engine.schedule.scheduler`.
-ONE_KERNEL_TOKENS = 1
 KEY_MULTIPLE = 32  # of keys; see `_padded_len`
 
 
@@ -475,18 +473,20 @@ def attention_of_products(
         return attention_of_products_torch(*arguments, **options)
     if can_attend_one_token(*arguments, **options):
         return attend_one_token(*arguments, **options)
+    if can_attend_long_token(*arguments, **options):
+        return attend_long_token(*arguments, **options)
     from kernels.triton_attention import attention_of_products_triton  # here: a machine without a GPU need not have it
 
     return attention_of_products_triton(*arguments, **options)
 
 
 def fits_one_kernel(batch: AttentionBatch, backend: str) -> bool:
-    """Return whether a step has so few tokens, all single ones, that `attention_of_products` is the fastest.
+    """Return whether `attention_of_products` takes a step: all of its tokens are single ones.
 
-    Where requests share a prefix, another kernel reads their queries too.
+    Where requests share a prefix, another kernel reads their queries too. No request may see what the step stores for
+    another one: see `engine.schedule.scheduler`.
     """
-    is_few = 0 < batch.num_decodes == len(batch.rows) <= ONE_KERNEL_TOKENS
-    return is_few and backend != "torch" and batch.shared is None
+    return 0 < batch.num_decodes == len(batch.rows) and backend != "torch" and batch.shared is None
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:

@@ -13,11 +13,11 @@ from kernels.attention_batch import AttentionBatch
 from kernels.card import card_of
 from kernels.hopper import ARCHITECTURE, is_available
 from kernels.hopper import source as hopper_source
-from kernels.launch import address, cdiv, compile_ahead, next_power_of_2, only_compiles
+from kernels.launch import address, arrival_counters, cdiv, compile_ahead, next_power_of_2, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import Kernel
 from kernels.triton_decode import merge_parts
-from kernels.triton_softmax import LOG2_E, Rotated, arrival_counters
+from kernels.triton_softmax import LOG2_E, Rotated
 
 RANK, ROPE = 512, 64
 TILE, STAGES = 64, 2

@@ -14,10 +14,9 @@ from kernels.attention_batch import AttentionBatch
 from kernels.card import card_of
 from kernels.hopper import ARCHITECTURE, is_available, kind_of, tensor_map
 from kernels.hopper import source as hopper_source
-from kernels.launch import address, cdiv, compile_ahead, only_compiles
+from kernels.launch import address, arrival_counters, cdiv, compile_ahead, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import Kernel
-from kernels.triton_softmax import arrival_counters
 
 LOG2_E = 1.4426950408889634
 ROWS = 64  # queries x heads of a KV head that a warpgroup multiplies

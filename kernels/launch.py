@@ -52,6 +52,16 @@ def has_dependent_launch(device: torch.device) -> bool:
     return card_of(device).capability >= HOPPER
 
 
+@functools.cache
+def _counters(device: torch.device, size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def arrival_counters(device: torch.device, size: int) -> torch.Tensor:
+    """Return int32 zeros, which every kernel leaves as zeros. The first call must not be inside a graph's capture."""
+    return _counters(device, max(16384, next_power_of_2(size)))
+
+
 class _Rehearsal:
     """The kernels that one thread's launches have asked for while it only compiles."""
 

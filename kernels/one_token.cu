@@ -5,10 +5,6 @@
 // stored is on its way before the kernel ahead, which makes the new token's products, has ended. Each group of lanes
 // keeps a running softmax in registers; they are merged in the warp, in the block, and in the cluster, where each block
 // has a share of the result and gets its parts from all into its shared memory, always in the same order.
-//
-// D: size of a head. G: query heads of a KV head. HALF: elements that rotate with as many others. IS_HALF: numbers are
-// float16, else bfloat16. WARPS: of a block. WINDOW: 0 none, 1 sliding, 2 chunks. HAS_SOFTCAP, HAS_MAP: of slots. SINKS: 0
-// none, 1 numbers like the others, 2 float.
 
 constexpr int LANES = D / 8, ROWS = 32 / LANES, UNROLL = G > 4 ? 2 : 4;
 constexpr int SHORT = UNROLL / 2;  // tokens of each group of lanes, of contexts that need no more

@@ -1,5 +1,9 @@
 // What kernels of single tokens' attention share: their arguments, the machine, and how parts of a result are merged.
-// Defines are those that `one_token.cu` and `one_token_heads.cu` list.
+//
+// D: size of a head. G: query heads of a KV head, up to 8. HALF: elements that rotate with as many others. IS_HALF:
+// numbers are float16, else bfloat16. WARPS: of a block. WINDOW: 0 none, 1 sliding, 2 chunks. HAS_SOFTCAP, HAS_MAP: of
+// slots. SINKS: 0 none, 1 numbers like the others, 2 float. SPLIT: blocks of a cluster. RESULTS: of warps, as many as shared
+// memory has room for.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -10,6 +14,8 @@ struct Args {
   const float *cos_sin;
   const int *positions, *seq_lens, *rows, *slot_table, *slot_map;
   const void* sinks;
+  float* parts;   // results of blocks, if these meet in memory
+  int* arrivals;  // how many of a KV head's have come
   long long qkv_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride;
   int num_kv_heads, window;
   float scale, softcap, eps;  // scale, softcap: of scores in units of log2
@@ -64,20 +70,56 @@ __device__ __forceinline__ int first_seen_from(int position, int window) {
   return WINDOW == 2 ? position / window * window : WINDOW == 1 ? max(position + 1 - window, 0) : 0;
 }
 
-// Parts of a KV head's results in shared memory, each with its largest score and its sum of weights.
+// Parts of a KV head's results in shared memory, of RESULTS warps, each with its largest score and its sum of weights.
 struct Parts {
   float *sums, *most, *totals;                    // by warp; heads are STRIDE apart
   float *block_sums, *block_most, *block_totals;  // of this block's share of the result, by block
 
   __device__ __forceinline__ Parts(int stride) {
     sums = shared;
-    most = sums + WARPS * G * stride;
-    totals = most + WARPS * G;
-    block_sums = totals + WARPS * G;
+    most = sums + RESULTS * G * stride;
+    totals = most + RESULTS * G;
+    block_sums = totals + RESULTS * G;
     block_most = block_sums + G * D;
     block_totals = block_most + SPLIT * G;
   }
 };
+
+// A result's element: the largest score, the sum of weights, and the sum of values, both relative to it.
+struct Element {
+  float m, l, sum;
+
+  __device__ __forceinline__ void add(float score, float weights, float values) {
+    const float scale = exp2_of(score - m);
+    l += scale * weights;
+    sum += scale * values;
+  }
+};
+
+// Returns element `i` of what the first `num_warps` warps of this block have found.
+template <int STRIDE>
+__device__ __forceinline__ Element merged_warps(const Parts& parts, int i, int num_warps) {
+  const int g = i / D;
+  Element element = {NONE, 0.0f, 0.0f};
+#pragma unroll
+  for (int w = 0; w < num_warps; w++) element.m = fmaxf(element.m, parts.most[w * G + g]);
+#pragma unroll
+  for (int w = 0; w < num_warps; w++)
+    element.add(parts.most[w * G + g], parts.totals[w * G + g], parts.sums[(w * G + g) * STRIDE + i % D]);
+  return element;
+}
+
+// Returns the result, of which a head's sink, if there is one, takes a share.
+__device__ __forceinline__ u16 result_of(const Args& args, Element element, int head) {
+  if (SINKS) {
+    const float sink = LOG2_E * (SINKS == 2 ? ((const float*)args.sinks)[head] : from_x(((const u16*)args.sinks)[head]));
+    const Element of_tokens = element;
+    element = {fmaxf(of_tokens.m, sink), 0.0f, 0.0f};
+    element.add(of_tokens.m, of_tokens.l, of_tokens.sum);
+    element.add(sink, 1.0f, 0.0f);
+  }
+  return to_x(element.sum / element.l);
+}
 
 // Merges the parts of the first `num_warps` warps of each block of a cluster, which has arrived once: the result.
 template <int STRIDE>
@@ -88,40 +130,23 @@ __device__ __forceinline__ void merge_parts(
   wait_for_cluster();
   for (int i = threadIdx.x; i < G * D; i += 32 * WARPS) {
     const int g = i / D, owner = i / SHARE;
-    float m = NONE, l = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < num_warps; w++) m = fmaxf(m, parts.most[w * G + g]);
-#pragma unroll
-    for (int w = 0; w < num_warps; w++) {
-      const float scale = exp2_of(parts.most[w * G + g] - m);
-      l += scale * parts.totals[w * G + g];
-      sum += scale * parts.sums[(w * G + g) * STRIDE + i % D];
-    }
-    store_to_block(parts.block_sums + rank * SHARE + i % SHARE, owner, sum);
+    const Element element = merged_warps<STRIDE>(parts, i, num_warps);
+    store_to_block(parts.block_sums + rank * SHARE + i % SHARE, owner, element.sum);
     if (i % SHARE == 0 || i % D == 0) {  // the owner's first of this head
-      store_to_block(parts.block_most + rank * G + g, owner, m);
-      store_to_block(parts.block_totals + rank * G + g, owner, l);
+      store_to_block(parts.block_most + rank * G + g, owner, element.m);
+      store_to_block(parts.block_totals + rank * G + g, owner, element.l);
     }
   }
   arrive_in_cluster();
   wait_for_cluster();
   for (int j = threadIdx.x; j < SHARE; j += 32 * WARPS) {
     const int i = rank * SHARE + j, g = i / D;
-    float m = NONE, l = 0.0f, sum = 0.0f;
+    Element element = {NONE, 0.0f, 0.0f};
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) m = fmaxf(m, parts.block_most[r * G + g]);
-    if (SINKS) {
-      const int head = kv_head * G + g;
-      const float sink = SINKS == 2 ? ((const float*)args.sinks)[head] : from_x(((const u16*)args.sinks)[head]);
-      m = fmaxf(m, LOG2_E * sink);
-      l = exp2_of(LOG2_E * sink - m);
-    }
+    for (int r = 0; r < SPLIT; r++) element.m = fmaxf(element.m, parts.block_most[r * G + g]);
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) {
-      const float scale = exp2_of(parts.block_most[r * G + g] - m);
-      l += scale * parts.block_totals[r * G + g];
-      sum += scale * parts.block_sums[r * SHARE + j];
-    }
-    args.out[((long long)request * args.num_kv_heads + kv_head) * G * D + i] = to_x(sum / l);
+    for (int r = 0; r < SPLIT; r++)
+      element.add(parts.block_most[r * G + g], parts.block_totals[r * G + g], parts.block_sums[r * SHARE + j]);
+    args.out[((long long)request * args.num_kv_heads + kv_head) * G * D + i] = result_of(args, element, kv_head * G + g);
   }
 }

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch, HeadRotation, SharedPrefixes
-from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.launch import arrival_counters, cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.tile_sizes import MIN_BLOCK, fitting
 from kernels.triton_elementwise import launch_options, prefetch_to_l2, store_in_cache
 from kernels.triton_softmax import (
@@ -15,7 +15,6 @@ from kernels.triton_softmax import (
     DecodeConfig,
     PrefillConfig,
     Rotated,
-    arrival_counters,
     attend,
     attend_prompt,
     attention_kernel,

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import arrival_counters, cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
 from kernels.triton_quantized import has_e4m3, number_of
-from kernels.triton_softmax import arrival_counters
 from kernels.tuning import Configs
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts

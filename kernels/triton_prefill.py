@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch
-from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.launch import arrival_counters, cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_softmax import (
     LOG2_E,
     PrefillConfig,
     Rotated,
-    arrival_counters,
     attend_prompt,
     attention_kernel,
     block_requests,

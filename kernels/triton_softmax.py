@@ -128,16 +128,6 @@ def launch_settings(
     }
 
 
-@functools.cache
-def _counters(device: torch.device, size: int) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def arrival_counters(device: torch.device, size: int) -> torch.Tensor:
-    """Return int32 zeros, which every kernel leaves as zeros. The first call must not be inside a graph's capture."""
-    return _counters(device, max(16384, next_power_of_2(size)))
-
-
 def block_requests(num_requests: int) -> int:
     """Return a power of two that holds them; few different ones, since each compiles its own kernel."""
     return next((block for block in (16, 256) if num_requests <= block), max(1024, next_power_of_2(num_requests)))

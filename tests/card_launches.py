@@ -17,6 +17,7 @@ from kernels import (
     gated_gemm,
     hopper_latents,
     hopper_prefill,
+    long_token,
     one_token,
     quantized_chain,
     quantized_few,
@@ -339,6 +340,8 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             plain = one_token.Variant(head_dim, group, head_dim // 2, wide)
             for form in (plain, plain._replace(window=1, has_softcap=True, has_map=True, sink_dtype=wide)):
                 yield f"one_token {form}", one_token.source(form), ARCHITECTURE, form.shared_bytes
+                if head_dim <= long_token.MAX_HEAD_DIM:
+                    yield f"long_token {form}", long_token.source(form), ARCHITECTURE, long_token.shared_bytes(form)
     yield from few_sources(card) if card.is_hopper else ()
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)

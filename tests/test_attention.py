@@ -16,7 +16,6 @@ from bench.attention import Batch
 from kernels import attention as torch_attention
 from kernels import flashinfer_attention, one_token, triton_elementwise
 from kernels.attention import (
-    ONE_KERNEL_TOKENS,
     attention,
     attention_of_products_torch,
     attention_torch,
@@ -25,11 +24,13 @@ from kernels.attention import (
 )
 from kernels.attention_batch import HeadRotation
 from kernels.hopper import is_available
+from kernels.launch import arrival_counters
+from kernels.long_token import attend_long_token, can_attend_long_token
 from kernels.one_token import attend_one_token
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill, prefill_splits
-from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters
+from kernels.triton_softmax import DecodeConfig, PrefillConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -391,10 +392,11 @@ def make_products(
     ("head_dim", "rotary_dim", "norms", "num_programs"),
     [(16, 16, ["q_norm", "k_norm"], 5), (24, 16, ["k_norm"], 40), (32, 32, [], 1)],
 )
+@pytest.mark.parametrize("lens", [[1, 40, 16, 33], [5, 9, 70, 18] * 5], ids=str)
 def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
-    head_dim: int, rotary_dim: int, norms: list[str], num_programs: int
+    lens: list[int], head_dim: int, rotary_dim: int, norms: list[str], num_programs: int
 ) -> None:
-    qkv, rotation, k, v, batch = make_products([1, 40, 16, 33], (4, 2, head_dim, rotary_dim), torch.float32, norms)
+    qkv, rotation, k, v, batch = make_products(lens, (4, 2, head_dim, rotary_dim), torch.float32, norms)
     wanted_k, wanted_v = k.clone(), v.clone()
     wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, 4, scale=0.3)
     q, out = qkv[:, : 4 * head_dim].unflatten(1, (4, head_dim)), torch.full_like(wanted, float("nan"))
@@ -444,25 +446,62 @@ def test_the_kernel_of_one_token_equals_its_twin(
 
 def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
     assert fits_one_kernel(make_batch([(1, 9)]), "triton")
+    assert fits_one_kernel(make_batch([(1, 9)] * 40), "triton")
     assert not fits_one_kernel(make_batch([(1, 9)]), "torch")
     assert not fits_one_kernel(make_batch([(1, 9), (2, 5)]), "triton")
     assert not fits_one_kernel(make_batch([(2, 9)]), "triton")
     assert not fits_one_kernel(make_batch([(1, 9)], groups=[]), "triton")
-    assert not fits_one_kernel(make_batch([(1, 9)] * (ONE_KERNEL_TOKENS + 1)), "triton")
 
 
-def test_one_token_behind_a_long_context_or_of_few_heads_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 500, 4097, 20_011])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "options"),
+    [
+        (32, 8, 128, 128, {}),
+        (32, 4, 128, 64, {"softcap": 2.0}),
+        (14, 2, 64, 16, {}),
+        (7, 1, 128, 32, {"window": 3000, "is_chunked": True}),
+        (64, 8, 64, 64, {"window": 128, "sinks": [1.0, -2.0] * 32}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_a_long_context_equals_its_twin(
+    length: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, options: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    norms = ["q_norm", "k_norm"] if rotary_dim == 128 else []
+    qkv, rotation, k, v, batch = make_products([length], (num_heads, num_kv_heads, head_dim, rotary_dim), dtype, norms)
+    if "sinks" in options:
+        options = options | {"sinks": torch.tensor(options["sinks"]).to(DEVICE, dtype)}
+    if not is_available(qkv.device):
+        pytest.skip("it is for Hopper")
+    wanted_k, wanted_v = k.clone(), v.clone()
+    wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, num_heads, scale=0.1, **options)
+    out = attend_long_token(qkv, rotation, k, v, batch, num_heads, scale=0.1, **options)
+    check(out, wanted, dtype)
+    check(k, wanted_k, dtype)
+    check(v, wanted_v, dtype)
+    assert not arrival_counters(qkv.device, 1).any()
+
+
+def test_a_token_has_the_kernel_for_its_context_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_token, "is_available", lambda device: True)
+    long = one_token.LONG_CONTEXT
 
-    def can(length: int, num_kv_heads: int = 8) -> bool:
-        heads = 2 * num_kv_heads, num_kv_heads, 64, 64
-        qkv, rotation, k, v, batch = make_products([length], heads, torch.bfloat16, [])
-        return one_token.can_attend_one_token(qkv, rotation, k, v, batch, heads[0])
+    def taken_by(lens: list[int], num_kv_heads: int = 8, head_dim: int = 64, **options: Any) -> str:
+        heads = 2 * num_kv_heads, num_kv_heads, head_dim, 64
+        qkv, rotation, k, v, batch = make_products(lens, heads, torch.bfloat16, [])
+        arguments = qkv, rotation, k, v, batch, heads[0]
+        if one_token.can_attend_one_token(*arguments, **options):
+            return "one"
+        return "long" if can_attend_long_token(*arguments, **options) else "triton"
 
-    assert can(one_token.LONG_CONTEXT)
-    assert not can(one_token.LONG_CONTEXT + 1)
-    assert can(9, num_kv_heads=one_token.MIN_KV_HEADS)
-    assert not can(9, num_kv_heads=one_token.MIN_KV_HEADS - 1)
+    assert taken_by([long]) == taken_by([9], num_kv_heads=one_token.MIN_KV_HEADS) == "one"
+    assert taken_by([long + 1]) == taken_by([long + 1], num_kv_heads=2) == "long"
+    assert taken_by([long + 1], window=long) == "one", "a window is no longer than that"
+    assert taken_by([9], num_kv_heads=one_token.MIN_KV_HEADS - 1) == "triton"
+    assert taken_by([long + 1], head_dim=256) == taken_by([9, 9]) == taken_by([long + 1] * 2) == "triton"
 
 
 def test_the_arrival_counters_are_zero_again() -> None:

@@ -101,13 +101,19 @@ class Traffic:
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a request stands in a step twice"
         ends = np.cumsum(plan.q_lens)
         inputs = plan.input_ids.copy()
+        news: set[int] = set()  # slots that hold another token than before
         for b, row in enumerate(plan.rows):
             for t in range(ends[b] - plan.q_lens[b], ends[b]):
                 position = plan.seq_lens[b] - (ends[b] - t)
                 inputs[t] = self.last_tokens[row] if inputs[t] < 0 else inputs[t]
-                self.slot_table[row, position] = plan.out_cache_loc[t]
-                self.stored[plan.out_cache_loc[t]] = inputs[t]
+                self.slot_table[row, position] = slot = plan.out_cache_loc[t]
+                news |= {int(slot)} if self.stored[slot] != inputs[t] else set()
+                self.stored[slot] = inputs[t]
         self.computed_tokens += len(inputs)
+        if plan.num_decodes == len(plan.rows):
+            for row, seq_len in zip(plan.rows, plan.seq_lens, strict=True):
+                old = self.slot_table[row, : seq_len - 1]
+                assert news.isdisjoint(old.tolist()), "single tokens of a step see what it stores for others"
         if self.windows is not None:
             self.check_windows(plan, inputs)
         if plan.groups is not None:
@@ -360,6 +366,30 @@ def test_an_identical_prompt_computes_one_token() -> None:
     traffic.run_all()
     assert traffic.computed_tokens - before == 1
     assert again.num_cached_tokens == 29
+
+
+def test_a_step_of_single_tokens_stores_nothing_that_another_of_its_requests_sees() -> None:
+    traffic = Traffic(96)
+    traffic.submit([4] * 30, 1)
+    traffic.run_all()
+    states = [traffic.submit([4] * 30 + [5] * n, 1) for n in (1, 2, 3)]  # each would find the one before
+    plan = traffic.scheduler.schedule()
+    assert plan is not None
+    assert [state.num_cached_tokens for state in states] == [30, 30, 32]
+    assert sorted(plan.q_lens.tolist()) == [1, 1, 2], "more than one token may be read at once, one may not"
+    traffic.in_flight.append((plan, traffic.run(plan)))
+    traffic.run_all()
+    assert traffic.submit([4] * 30 + [5, 6], 1) and traffic.scheduler.schedule()
+    assert traffic.scheduler.running()[0].num_cached_tokens == 31, "but later ones find it"
+
+
+def test_after_a_single_token_of_a_prompt_a_step_takes_no_further_prompt() -> None:
+    traffic = Traffic(96)
+    states = [traffic.submit([4] * 9, 1), traffic.submit([4, 5], 1)]
+    budget = PrefillBudget(16, work=1.5 * prefill_work(1, 0, 0.0))
+    plan = traffic.scheduler.schedule(budget)
+    assert plan is not None and plan.q_lens.tolist() == [1]
+    assert [state.status for state in states] == [Status.RUNNING, Status.WAITING]
 
 
 def test_a_chunk_of_a_prompt_is_not_counted_as_forced_tokens() -> None:

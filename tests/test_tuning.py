@@ -15,6 +15,7 @@ from engine.step.warmup import bytes_per_token, expert_shapes
 from kernels import launch, quantized_cuda, quantized_few, quantized_tasks, triton_tasks, tune, tuning
 from kernels.card import HOPPER, INTERPRETER, Card
 from kernels.experts import ExpertShape
+from kernels.launch import arrival_counters
 from kernels.quantized_cuda import CudaQuantizedWeight
 from kernels.quantized_few import FEW_CONFIGS
 from kernels.quantized_format import Format
@@ -34,7 +35,7 @@ from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS
 from kernels.triton_mla import DECODE_CONFIGS as LATENT_DECODE_CONFIGS
 from kernels.triton_prefill import PREFILL_CONFIGS
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
-from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters, default_prefill_config
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, default_prefill_config
 from kernels.tuning import AttentionShape, Configs, LatentShape, Task, WeightShape
 from tests.cards import CARDS
 from tests.test_models import MakeTinyModel, TinyEngine

@@ -114,6 +114,10 @@ class PrefillBudget:
             return True
         return self.work <= 0 and self.min_tokens <= 0
 
+    def end(self) -> None:
+        """Let the step have no more prompts."""
+        self.max_tokens = 0
+
     def keep_to_graph(self, num_tokens: int) -> None:
         """Take no more than the `num_tokens` of the largest graph, if any, where only a little more could be computed.
 

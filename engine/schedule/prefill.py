@@ -51,17 +51,20 @@ class Prompts:
         held.adopt(row, match, start)
         if not held.extend(row, start, stop):
             return None
-        if held.is_cached:
+        is_last, is_single = stop == num_tokens, stop - start == 1
+        if held.is_cached and not (is_last and is_single):
             held.publish(row, start, stop, state.extra_key)
         is_first = num_computed == 0 and not state.num_retractions
         if is_first:
             state.num_cached_tokens = min(start, state.prompt_len)
             self.num_hit_tokens += state.num_cached_tokens
         rows.num_computed[row] = stop
-        if stop == num_tokens:
+        if is_last:
             self.unfinished.remove(state)
             self._decoding.add(row)
         budget.spend(stop - start, start)
+        if is_single and not is_last:
+            budget.end()  # no other request of this step may find it
         return Chunk(state, num_computed, start, stop, is_first)
 
     def _span(

@@ -10,7 +10,9 @@ arrives (jump-forward), and the next step computes them all. What a step in flig
 is dropped: a sampled token whose place is already known is stale.
 
 A chunk of a prompt enters the radix tree when it is scheduled, not when it has run: within a layer, a step stores all
-its keys and values before it attends, and steps run in order, so even a request of the same step may read them.
+its keys and values before it attends, and steps run in order, so even a request of the same step may read them. But a
+step of nothing but single tokens may store and attend in one kernel (`kernels.attention.fits_one_kernel`), so what a
+single token stores is read by later steps only: it enters the tree behind those that follow it, or ends its step.
 """
 
 import random
