@@ -2,7 +2,8 @@
 
 Few tokens take `quantized_few`; on Hopper several take `quantized_some` where their inputs are not rounded to 8 bits,
 and more take `quantized_many`: all of them decode in registers. Still more take a product of 8 bits where inputs are
-rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2 cache.
+rounded to them (`scaled_mm`, `triton_quantized_gemm`), else cuBLAS with a panel of rows at a time dequantized, which
+stays in the L2 cache.
 """
 
 import functools
@@ -21,6 +22,7 @@ from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare
 from kernels.quantized_rows import fits_rows, write_rows
 from kernels.quantized_some import MOST_TOKENS as SOME_TOKENS
 from kernels.quantized_some import fits_some, multiply_some, prepare_some
+from kernels.scaled_mm import can_scaled_mm, scaled_mm, takes_codes
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.tuning import WeightShape
@@ -32,7 +34,8 @@ from kernels.weights import Norm, Weight
 FEW_TOKENS = 16
 FEW_DECODED_TOKENS = 12
 DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing
-DIRECT_TOKENS = 256  # up to so many it is faster than the Triton product of 8 bits
+DIRECT_TOKENS = 256  # up to so many it is faster than a product of 8 bits,
+PLAIN_TOKENS = 128  # than `scaled_mm` that adds no residual
 ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
 
@@ -88,7 +91,7 @@ class CudaQuantizedWeight(Weight):
         x = x.contiguous()
         if residual is not None and not (may_overwrite and residual.is_contiguous()):
             residual = residual.clone(memory_format=torch.contiguous_format)
-        if kernel := self._kernel(x, act):
+        if kernel := self._kernel(x, act, has_residual=residual is not None):
             is_fresh = out is None or not out.is_contiguous()
             result = kernel(x, norm, bias, act=act, residual=residual, out=None if is_fresh else out)
             return result if out is None or not is_fresh else out.copy_(result)
@@ -102,7 +105,7 @@ class CudaQuantizedWeight(Weight):
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = (x if self.order is None else ordered(x, self.order)).contiguous()
-        if kernel := self._kernel(x, None):
+        if kernel := self._kernel(x, None, is_float=True):
             return kernel(x, None, bias, out_dtype=torch.float32)
         return self._many(x, None, bias, out_dtype=torch.float32)
 
@@ -139,29 +142,39 @@ class CudaQuantizedWeight(Weight):
     def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("a packed weight is replaced by another one, not filled again")
 
-    def _kernel(self, x: torch.Tensor, act: str | None) -> Callable[..., torch.Tensor] | None:
-        """Return the fastest of our kernels for tokens x with their fusions, or None if it is another way's turn."""
+    def _kernel(
+        self, x: torch.Tensor, act: str | None, *, has_residual: bool = False, is_float: bool = False
+    ) -> Callable[..., torch.Tensor] | None:
+        """Return the fastest of our kernels for tokens x with their fusions, or None if it is another way's turn.
+
+        is_float: the result is float32.
+        """
         num_tokens = len(x)
         if not num_tokens or x.dtype != self.dtype or x.dtype.itemsize != 2:
             return None
         if fits_some(self.kind, self.n, act, num_tokens, x.device):
             return self.some
         many = self.many if fits_many(self.kind, self.n, act, x.device) else None
-        most_few, most_many = self._limits(x.device, has_many=many is not None)
+        is_plain = not has_residual and not is_float
+        most_few, most_many = self._limits(x.device, has_many=many is not None, is_plain=is_plain)
         may_be_few = num_tokens <= most_few and (act is None or self.n % (2 * TILE) == 0)
         if may_be_few and can_multiply_few(x.device) and fits_few(self.kind, self.n, num_tokens, self.k, x.device):
             return self.few
         return many if num_tokens <= most_many else None
 
-    def _limits(self, device: torch.device, *, has_many: bool) -> tuple[int, int]:
-        """Return up to how many tokens `quantized_few` is the fastest, and `quantized_many`."""
+    def _limits(self, device: torch.device, *, has_many: bool, is_plain: bool) -> tuple[int, int]:
+        """Return up to how many tokens `quantized_few` is the fastest, and `quantized_many`.
+
+        is_plain: the result is 16 bits wide, and no residual is added.
+        """
         has_gemm = self.form.inputs is not None and not self.kind.is_tiled and _has_units(self.form.code, device)
         if has_many:
             most_few = FEW_DECODED_TOKENS if self.kind.is_tiled else 1
             if has_blocks(self.kind):
                 return most_few, ANY_NUMBER
             if has_gemm:
-                return most_few, DIRECT_TOKENS
+                has_library = is_plain and takes_codes(self.codes, self.dtype)
+                return most_few, PLAIN_TOKENS if has_library else DIRECT_TOKENS
             return most_few, DECODED_TOKENS
         if has_gemm:
             return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
@@ -232,6 +245,8 @@ class CudaQuantizedWeight(Weight):
         if not self.kind.is_tiled and _has_units(self.form.code, x.device):
             assert self.scale is not None
             codes, x_scale = self._rounded(x, norm, self.codes.dtype)
+            if can_scaled_mm(codes, self.codes, self.scale, dtype, bias=bias, residual=residual):
+                return scaled_mm(codes, x_scale, self.codes, self.scale, bias=bias, residual=residual)
             return gemm_8bit(codes, x_scale, self.codes, self.scale, dtype, bias=bias, residual=residual)
         wide, x_scale = self._rounded(x, norm, torch.float32)
         values = (wide.unflatten(1, (x_scale.shape[1], -1)) * x_scale[:, :, None]).flatten(1).to(x.dtype)

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, quantized_some, triton_quantized
+from kernels import (
+    elementwise,
+    quantized_cuda,
+    quantized_few,
+    quantized_many,
+    quantized_some,
+    scaled_mm,
+    triton_quantized,
+)
 from kernels.card import HOPPER_SHARED_BYTES, Card
 from kernels.hopper import is_available
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs, rounded_inputs
@@ -220,6 +228,41 @@ def test_codes_are_multiplied_as_they_are_where_a_card_can(
         monkeypatch.setattr(module, "card_of", lambda device: CARDS[number])
     device = torch.device("cuda", number)
     assert [code for code in ("int8", "fp8") if quantized_cuda._has_units(code, device)] == codes
+
+
+def test_products_of_many_fp8_codes_are_the_library_s_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = CARDS[90]
+    monkeypatch.setattr(scaled_mm, "card_of", lambda device: card)
+    monkeypatch.setattr(scaled_mm, "num_sms", lambda device: card.num_sms)
+    monkeypatch.setattr(quantized_cuda, "_has_units", lambda *_: True)
+
+    def can(num_tokens: int, n: int = 4096, out: torch.dtype = BF16, groups: int = 1, **added: torch.Tensor) -> bool:
+        x, weight = (torch.empty(rows, 256, dtype=FP8) for rows in (num_tokens, n))
+        return scaled_mm.can_scaled_mm(x, weight, torch.ones(groups, n), out, **added)
+
+    def added(num_tokens: int) -> torch.Tensor:
+        return torch.empty(num_tokens, 4096, dtype=BF16)
+
+    assert can(300) and can(5000) and can(300, bias=torch.ones(4096, dtype=BF16))
+    assert can(512, residual=added(512)) and not can(1024, residual=added(1024)), "ours adds it while it writes"
+    assert not can(300, out=F16) and not can(300, groups=2) and not can(300, n=4104)
+    assert not can(300, bias=torch.ones(4096))
+    weight = packed(make_weight(ROUNDED["fp8 x fp8"], 64, 128, BF16))
+    assert weight._limits(weight.codes.device, has_many=True, is_plain=True)[1] == quantized_cuda.PLAIN_TOKENS
+    assert weight._limits(weight.codes.device, has_many=True, is_plain=False)[1] == quantized_cuda.DIRECT_TOKENS
+    card = CARDS[89]
+    assert not can(300)
+    assert weight._limits(weight.codes.device, has_many=True, is_plain=True)[1] == quantized_cuda.DIRECT_TOKENS
+
+
+def test_the_library_s_product_of_fp8_codes_is_the_definition_s() -> None:
+    x, weight = randn(40, 64).to(FP8), randn(32, 64).to(FP8)
+    x_scale, scale = randn(40, 1).abs(), randn(1, 32).abs()
+    bias, residual = randn(32, dtype=BF16), randn(40, 32, dtype=BF16)
+    wanted = (x.float() * x_scale) @ (weight.float() * scale.t()).t()
+    assert_near(scaled_mm.scaled_mm(x, x_scale, weight, scale), wanted, 1e-2)
+    result = scaled_mm.scaled_mm(x, x_scale, weight, scale, bias=bias, residual=residual.clone())
+    assert_near(result, wanted + bias.float() + residual.float(), 1e-2)
 
 
 def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +497,8 @@ def test_products_of_any_number_of_tokens_are_the_definition_s(name: str) -> Non
         gpu = packed(weight)
         for num_tokens in sizes:
             x, norm, h = randn(num_tokens, k, dtype=BF16), Norm(randn(k, dtype=BF16)), randn(num_tokens, n, dtype=BF16)
-            for keywords in ({"norm": norm}, {"norm": norm, "act": "silu"}, {"residual": h}):
+            bias = randn(n, dtype=BF16)
+            for keywords in ({"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords
                 assert_near(gpu.product(x, **given), weight.product(x, **given), 3e-2)
 
