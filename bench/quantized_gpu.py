@@ -52,7 +52,7 @@ FEW = [
     (2, 2, 4, 1, 4), (2, 2, 4, 2, 4), (2, 4, 2, 2, 4), (2, 4, 2, 4, 4), (2, 4, 1, 4, 4), (2, 4, 1, 8, 4),
     (2, 8, 1, 4, 4), (2, 8, 1, 8, 4), (4, 2, 2, 4, 3), (4, 4, 1, 4, 3), (4, 4, 1, 8, 3), (1, 4, 2, 4, 6),
 ]  # fmt: skip
-MANY = [(2, 4), (2, 6), (2, 8), (4, 4), (4, 6)]  # warpgroups and stages
+MANY = [(1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (4, 4), (4, 6)]  # warpgroups and stages
 SPLITS = (1, 2, 4, 8)
 SOME = [(8, 4), (4, 6), (4, 4), (2, 6)]  # warps that share columns, and stages
 
@@ -177,7 +177,7 @@ def configs_of(bench: Bench, index: int) -> tuple[Configs[Any], Key, list[Any]]:
         fitting(ManyConfig(most_tokens, warpgroups, stages, split), weight.kind, k)
         for warpgroups, stages in MANY
         for split in SPLITS
-        if split * 512 <= k
+        if split * 512 <= k and not (is_gated and warpgroups == 1)
     ]
     return MANY_CONFIGS, (n, k, weight.kind.bits, most_tokens, is_gated), list(dict.fromkeys(many))
 

@@ -30,7 +30,9 @@ from kernels.weights import Part
 TOKENS = 16
 ONE_CANDIDATES = [(2, 1, 12, 1, 4, 2), (2, 1, 16, 1, 4, 1), (2, 1, 12, 1, 3, 2), (1, 1, 16, 1, 8, 1)]
 FEW_CANDIDATES = [(2, 4, 2, 4, 4), (2, 8, 1, 8, 4), (4, 4, 1, 8, 3), (2, 4, 1, 1, 4)]
-MANY_CANDIDATES = [(2, 6, 1), (2, 8, 1), (2, 6, 2), (2, 8, 2), (2, 8, 4)]  # warpgroups, stages, split
+MANY_CANDIDATES = [  # warpgroups, stages, split
+    (2, 6, 1), (2, 8, 1), (2, 6, 2), (2, 8, 2), (2, 8, 4), (1, 12, 1), (1, 12, 2),
+]  # fmt: skip
 
 
 class _Norm:
@@ -86,7 +88,8 @@ def many_task(shape: WeightShape, device: torch.device) -> Task:
     """Return the task of a product by `quantized_many`."""
     kind = shape.kind
     assert isinstance(kind, Kind)
-    configs = [fitting(ManyConfig(TOKENS, *candidate), kind, shape.k) for candidate in MANY_CANDIDATES]
+    candidates = [candidate for candidate in MANY_CANDIDATES if candidate[0] > 1 or not shape.act]
+    configs = [fitting(ManyConfig(TOKENS, *candidate), kind, shape.k) for candidate in candidates]
 
     def source_of(config: ManyConfig) -> tuple[str, str, str]:
         return "quantized_many", source_of_many(kind, config._replace(split=1)), ARCHITECTURE
