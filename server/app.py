@@ -38,7 +38,7 @@ from server.http.tracing import Tracing, new_provider
 from server.media.reader import MediaReader
 from server.pages.routes import Pages
 from server.reading.chat import CHATS, Chats
-from server.reading.error_shapes import error_response, error_shape
+from server.reading.error_shapes import INTERNAL_ERROR, error_response, error_shape
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import json_response
@@ -167,7 +167,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         logger.exception("%s %s failed", request.method, request.path)
         if request.writer.output_size:  # an answer has begun: all that can be said is that it ends too early
             raise ConnectionResetError("failed in the middle of an answer") from None
-        status, message = 500, "internal server error; the server's log says more"
+        status, message = 500, INTERNAL_ERROR
     finally:
         if (body := request.get(BODY)) is not None:
             body.drop()

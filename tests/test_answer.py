@@ -15,6 +15,7 @@ from server.apis.answer import Answer
 from server.apis.openai_answers import ChatAnswer, CompletionAnswer, Envelope
 from server.http.live import Options, make_requests
 from server.http.sse import COMMENT, EventStream
+from server.parsers import AnswerDelta, AnswerParser
 from server.reading.chat import ChatTurn
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, FakeTokenizer, serving
 
@@ -125,6 +126,26 @@ async def test_a_stream_that_fails_after_it_began_says_so_in_its_last_event(path
         *_, last = values_of(await response.read())
     assert response.status == 200
     assert "the step failed" in json.dumps(last.get("error") or last["response"]["error"])
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_a_stream_whose_end_cannot_be_written_says_so_in_its_last_event(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def finish(self: AnswerParser) -> AnswerDelta:
+        raise IndexError("no such mark")
+
+    monkeypatch.setattr(AnswerParser, "finish", finish)
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine, **PARSERS) as client:
+        task = asyncio.create_task(client.post(path, json={**APIS[path][0], "stream": True}))
+        await engine.until(lambda: bool(engine.live))
+        response = await task
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("stop"))
+        *_, last = values_of(await response.read())
+    assert "internal server error" in json.dumps(last.get("error") or last["response"]["error"])
+    assert "no such mark" in caplog.text
 
 
 FIRST = {

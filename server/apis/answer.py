@@ -7,6 +7,7 @@ the count of tokens, how the answer begins, ends and fails. An API's subclass on
     no stream whole
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,7 +18,10 @@ from engine.state import Delta, FinishReason, Logprobs, RequestState, ignore
 from server.http.live import LiveRequests, is_failure, written
 from server.http.sse import COMMENT, DONE, HEADERS, EventStream, Outlet
 from server.parsers import AnswerDelta, AnswerParser
+from server.reading.error_shapes import INTERNAL_ERROR
 from server.reading.protocol import Owner, json_response
+
+logger = logging.getLogger(__name__)
 
 
 def failure_of(reason: FinishReason) -> tuple[int, str]:
@@ -142,6 +146,14 @@ class Answer(ABC):
         delta, self._held = self._held, None
         if delta is None:
             return b""
+        try:
+            return self._events_of_held(delta)
+        except Exception:  # as where the engine calls: it fails this answer and no other
+            logger.exception("the answer of request %s could not be written", self.state.rid)
+            self.is_finished, self.reason = True, None
+            return self.fail(FinishReason("abort", message=INTERNAL_ERROR, status_code=500))
+
+    def _events_of_held(self, delta: Delta) -> bytes:
         self.num_output_tokens += len(delta.token_ids)
         reason = delta.finish_reason
         if reason is None:

@@ -31,7 +31,7 @@ from server.apis.file_store import (
 )
 from server.http.bodies import BodyBudget, HeldBody
 from server.http.owners import CLIENT, EVERYBODY, Client
-from server.reading.error_shapes import error_response, openai_error
+from server.reading.error_shapes import INTERNAL_ERROR, error_response, openai_error
 from server.reading.protocol import JSON, Owner, json_response
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ class Batch:
             except Exception:
                 # The outermost frame of our code, as in a handler: this line fails, and its trace is in the log.
                 logger.exception("a line of batch %s failed", self.id)
-                return json_response(openai_error(500, "internal server error; the server's log says more"), 500)
+                return json_response(openai_error(500, INTERNAL_ERROR), 500)
             await asyncio.sleep(RETRY_S)
 
     async def _finalize(self, status: str) -> None:

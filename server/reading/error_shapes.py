@@ -25,6 +25,8 @@ _OPENAI_TYPES = {
     503: "service_unavailable_error",
 }
 
+INTERNAL_ERROR = "internal server error; the server's log says more"
+
 
 def openai_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
