@@ -484,9 +484,12 @@ def fits_one_kernel(batch: AttentionBatch, backend: str) -> bool:
     """Return whether `attention_of_products` takes a step: all of its tokens are single ones.
 
     Where requests share a prefix, another kernel reads their queries too. No request may see what the step stores for
-    another one: see `engine.schedule.scheduler`.
+    another one: see `engine.schedule.scheduler`. Slots of windows are not so: what has lost its own there gets another,
+    and is stored again for all that see it.
     """
-    return 0 < batch.num_decodes == len(batch.rows) and backend != "torch" and batch.shared is None
+    if not 0 < batch.num_decodes == len(batch.rows) or backend == "torch" or batch.shared is not None:
+        return False
+    return batch.slot_map is None or batch.num_decodes == 1
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:

@@ -451,6 +451,9 @@ def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
     assert not fits_one_kernel(make_batch([(1, 9), (2, 5)]), "triton")
     assert not fits_one_kernel(make_batch([(2, 9)]), "triton")
     assert not fits_one_kernel(make_batch([(1, 9)], groups=[]), "triton")
+    of_windows = make_batch([(1, 9), (1, 9)])
+    of_windows.slot_map = torch.zeros(9, dtype=torch.int32)
+    assert not fits_one_kernel(of_windows, "triton"), "a token may be stored anew there, while others see it"
 
 
 @pytest.mark.gpu

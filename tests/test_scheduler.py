@@ -21,6 +21,7 @@ from engine.schedule.plan import Plan, PrefillBudget, prefill_work
 from engine.schedule.resolver import Outcome
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
+from engine.schedule.window_holdings import WindowHoldings
 from engine.state import FinishReason, RequestState, Status
 
 VOCAB = 1000
@@ -381,6 +382,20 @@ def test_a_step_of_single_tokens_stores_nothing_that_another_of_its_requests_see
     traffic.run_all()
     assert traffic.submit([4] * 30 + [5, 6], 1) and traffic.scheduler.schedule()
     assert traffic.scheduler.running()[0].num_cached_tokens == 31, "but later ones find it"
+
+
+def test_windows_of_a_prompt_that_is_cached_to_its_end_stay_while_it_is_answered() -> None:
+    traffic = Traffic(128, window=8, num_window_tokens=96)
+    traffic.submit([4] * 30, 1)
+    traffic.submit([*[4] * 30, 5, 6], 1)
+    traffic.run_all()
+    traffic.submit([4] * 30, 5)
+    traffic.step()
+    held = traffic.scheduler.held
+    assert isinstance(held, WindowHoldings)
+    held.windows.free(held._tree.evict_window(1000))
+    traffic.submit(list(range(100, 160)), 1)  # takes the window slots that came free
+    traffic.run_all()  # looks at all that layers with windows see
 
 
 def test_after_a_single_token_of_a_prompt_a_step_takes_no_further_prompt() -> None:

@@ -51,8 +51,8 @@ class Prompts:
         held.adopt(row, match, start)
         if not held.extend(row, start, stop):
             return None
-        is_last, is_single = stop == num_tokens, stop - start == 1
-        if held.is_cached and not (is_last and is_single):
+        is_last, is_new_single = stop == num_tokens, stop - start == 1 and stop > held.cached_lens[row]
+        if held.is_cached and not (is_last and is_new_single):
             held.publish(row, start, stop, state.extra_key)
         is_first = num_computed == 0 and not state.num_retractions
         if is_first:
@@ -63,7 +63,7 @@ class Prompts:
             self.unfinished.remove(state)
             self._decoding.add(row)
         budget.spend(stop - start, start)
-        if is_single and not is_last:
+        if is_new_single and not is_last:
             budget.end()  # no other request of this step may find it
         return Chunk(state, num_computed, start, stop, is_first)
 
