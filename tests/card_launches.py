@@ -3,6 +3,7 @@
 `tests.cards` compiles them.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -167,15 +168,17 @@ def attention_of(
 
 
 def single_token_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
-    """Yield the attention of one token, which rotates and stores its heads."""
+    """Yield the attention of single tokens that rotates and stores their heads, of one request to many."""
     for num_heads, num_kv_heads, head_dim in HEADS[:1] if dtype == F32 else (HEADS[0], HEADS[4], HEADS[8]):
-        qkv, norm = empty(1, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype), empty(head_dim, dtype=dtype)
-        for cache in caches:
+        norm = empty(head_dim, dtype=dtype)
+        for cache, num_requests in itertools.product(caches, (1, DECODE_LIMITS[1], 300)):
+            qkv = empty(num_requests, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
             k, v = empty(2, 1 << 20, num_kv_heads, head_dim, dtype=cache)
             for weight in (None, norm):
-                rotation = HeadRotation(empty(1, dtype=I32), empty(4096, head_dim), weight, weight, 1e-5)
-                arguments = qkv, rotation, k, v, batch_of(1), num_heads
-                yield f"single token {head_dim} {cache}", partial(attention_of_products_triton, *arguments, scale=1.0)
+                rotation = HeadRotation(empty(num_requests, dtype=I32), empty(4096, head_dim), weight, weight, 1e-5)
+                arguments = qkv, rotation, k, v, batch_of(num_requests), num_heads
+                launch = partial(attention_of_products_triton, *arguments, scale=1.0)
+                yield f"{num_requests} single tokens {head_dim} {cache}", launch
 
 
 def latent_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
