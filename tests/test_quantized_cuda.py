@@ -453,7 +453,8 @@ def test_a_configuration_of_some_tokens_changes_the_speed_only(config: tuple[int
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "config", [(16, 1, 2, 1), (16, 4, 3, 2), (32, 2, 4, 8), (64, 2, 6, 3), (128, 2, 3, 1), (256, 2, 3, 1)]
+    "config",
+    [(16, 1, 2, 1), (16, 1, 12, 2), (16, 4, 3, 2), (32, 2, 4, 8), (64, 2, 6, 3), (128, 2, 3, 1), (256, 2, 3, 1)],
 )
 def test_a_configuration_of_many_tokens_changes_the_speed_only(config: tuple[int, ...]) -> None:
     for name in ("int4 zero", "int4 g128", "fp8 x fp8", "fp8 x fp8 blocks", "int8 x int8", "int8 minimum", "nvfp4"):
