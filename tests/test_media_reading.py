@@ -355,6 +355,12 @@ async def test_a_model_that_cannot_see_it_says_so(kinds: Mapping[str, str], read
     assert await refusal(uri(b"x"), reader_of(engine), "video") == f"is a video, but this model reads {reads}"
 
 
+async def test_an_image_is_named_with_its_article_where_it_is_refused() -> None:
+    engine = Seeing(context_length=100)
+    engine.media_kinds = {}
+    assert await refusal(uri(b"x"), reader_of(engine), "image") == "is an image, but this model reads text only"
+
+
 # ---- memory ----
 
 

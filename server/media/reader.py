@@ -111,7 +111,8 @@ class MediaReader:
         for part in parts:
             if part.kind not in known:
                 reads = " and ".join(["text", *(f"{kind}s" for kind in known)]) if known else "text only"
-                raise InvalidRequest(f"{part.path} is a {part.kind}, but this model reads {reads}", part.path)
+                article = "an" if part.kind[0] in "aeiou" else "a"
+                raise InvalidRequest(f"{part.path} is {article} {part.kind}, but this model reads {reads}", part.path)
             counts[part.kind] += 1
             if counts[part.kind] > self.limits.counts[part.kind]:
                 total = sum(one.kind == part.kind for one in parts)
