@@ -108,7 +108,8 @@ class Traffic:
                 position = plan.seq_lens[b] - (ends[b] - t)
                 inputs[t] = self.last_tokens[row] if inputs[t] < 0 else inputs[t]
                 self.slot_table[row, position] = slot = plan.out_cache_loc[t]
-                news |= {int(slot)} if self.stored[slot] != inputs[t] else set()
+                if self.stored[slot] != inputs[t]:
+                    news.add(int(slot))
                 self.stored[slot] = inputs[t]
         self.computed_tokens += len(inputs)
         if plan.num_decodes == len(plan.rows):
