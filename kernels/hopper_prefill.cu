@@ -5,7 +5,8 @@
 // next tile are computed while a tile's values are still summed, and one warpgroup keeps the tensor cores busy while
 // another one exponentiates. Blocks stay, and claim work after work: the next one's first scores are computed while the
 // last one's results are written. And nobody asks for the largest score of a tile: weights are relative to what was the
-// largest one before, which costs nothing while they can be written; where a row's grow too much a warp scores it again.
+// largest one before, which costs nothing while they can be written; where a row's grow too much a warp scores it again,
+// with keys from memory: a tile's room is given to the next but one as soon as its scores are there.
 //
 // Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
 // a warp copies row by row, swizzled as the accelerator would. With SHARED_DIM all slots of a request follow each other.
@@ -49,6 +50,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, in units of log2, until sums are scaled
 constexpr bool IS_GUESSED = QUERY_BUFFERS > 1;  // see `try_weigh`, which needs the queries longer
 constexpr float MOST_WEIGHT = IS_HALF ? 16384.0f : 1048576.0f;  // that a thread may have in a tile of a guess
+constexpr bool FREES_EARLY = !IS_GUESSED || WARPGROUPS == 2;  // keys; three have no registers to read them from memory
 
 // ---- instructions ----
 
@@ -228,6 +230,14 @@ struct Work {
   __device__ bool find_tile(const Args& args, const Plan& plan, int claimed);
   __device__ int position(const Args& args, int row) const {
     return request.seq_len - request.q_len + min(query_of(args, row), request.q_len - 1);
+  }
+  // Return the slot of a token; past the last one, that of the last.
+  __device__ int slot_of(const Args& args, int token) const {
+    const int* of_tokens = args.slot_table + (i64)request.row * args.table_stride;
+    token = min(token, request.seq_len - 1);
+    if (args.slot_map == nullptr) return of_tokens[token];
+    // What stands before the first token that is seen may be another request's.
+    return args.slot_map[of_tokens[max(token, first_seen(position(args, first_row), args.window))]];
   }
   __device__ static int first_seen(int position, int window) {
     return WINDOW == 0 ? 0 : WINDOW == 2 ? position / window * window : max(position - window + 1, 0);
@@ -428,21 +438,11 @@ struct Loader {
   int lane, first;  // first: of its rows in a tile
 
   __device__ void find_slots(const Work& work, int tile, int (&slots)[RUNS]) const {
-    const int* of_tokens = args.slot_table + (i64)work.request.row * args.table_stride;
 #pragma unroll
     for (int i = 0; i < RUNS; i++) {
-      int token = tile * KEYS + first + 32 * i + lane;
-      if (SHARED_DIM) {  // past the end stand another request's, or zeros, which no row sees
-        slots[i] = work.request.row + token;
-        continue;
-      }
-      token = min(token, work.request.seq_len - 1);
-      if (args.slot_map == nullptr) {
-        slots[i] = of_tokens[token];
-      } else {  // what stands before the first token that is seen may be another request's
-        int least = Work::first_seen(work.position(args, work.first_row), args.window);
-        slots[i] = args.slot_map[of_tokens[max(token, least)]];
-      }
+      const int token = tile * KEYS + first + 32 * i + lane;
+      // Past the end stand another request's shared keys, or zeros, which no row sees.
+      slots[i] = SHARED_DIM ? work.request.row + token : work.slot_of(args, token);
     }
   }
   __device__ void load_half(int head, const int (&slots)[RUNS]) {
@@ -561,9 +561,13 @@ struct Softmax {
   }
 };
 
-// Compute the scores of a warp's rows again, `queries` and `keys` in their swizzled slabs.
-__device__ __forceinline__ void score_again(float (&s)[KEYS / 2], u32 queries, u32 keys) {
+// Compute the scores of a warp's rows again, `queries` in their swizzled slabs; `keys` too, where these are not freed yet.
+__device__ __forceinline__ void score_again(float (&s)[KEYS / 2], const Args& args, const Work& work, int tile, u32 queries,
+                                            u32 keys) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16, swizzle = lane % 8;
+  int slots[KEYS / 32];
+#pragma unroll
+  for (int i = 0; i < KEYS / 32; i++) slots[i] = FREES_EARLY ? work.slot_of(args, tile * KEYS + 32 * i + lane) : 0;
 #pragma unroll
   for (int i = 0; i < KEYS / 2; i++) s[i] = 0.0f;
 #pragma unroll 1
@@ -572,9 +576,19 @@ __device__ __forceinline__ void score_again(float (&s)[KEYS / 2], u32 queries, u
     u32 q[4], k[4];
     load_tiles(q, queries + slab * (ROWS * 128) + row * 128 + ((piece + lane / 16) ^ swizzle) * 16);
     const u32 at = (lane / 16 * 8 + swizzle) * 128 + ((piece + lane / 8 % 2) ^ swizzle) * 16;
+    const u32* pair = (const u32*)(args.k + work.head * args.k_head_stride + 8 * column) + lane % 4;
 #pragma unroll
     for (int g = 0; g < KEYS / 8; g += 2) {
-      load_tiles(k, keys + slab * (KEYS * 128) + at + g * 1024);
+      if (FREES_EARLY) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const i64 slot = __shfl_sync(ALL, slots[(g + i) / 4], (g + i) % 4 * 8 + lane / 4);
+          const u32* of_key = pair + slot * (args.k_stride / 2);
+          k[2 * i] = of_key[0], k[2 * i + 1] = of_key[4];
+        }
+      } else {
+        load_tiles(k, keys + slab * (KEYS * 128) + at + g * 1024);
+      }
       multiply_alone(s + 4 * g, q, k[0], k[1]);
       multiply_alone(s + 4 * g + 4, q, k[2], k[3]);
     }
@@ -788,19 +802,19 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WARPGROUPS, 1)
         wait_for_products<1>();
         keep(s);
         const u32 scored = my_queries();
-        if (!IS_GUESSED) free(k);
+        if (FREES_EARLY) free(k);
         if (tile == work.begin) fetch_next();
         mask(tile);
         bool grows = false;
         if (!may_guess || !softmax.try_weigh(s, scale)) {
           if (may_guess) {
-            score_again(s, scored, k.tile());
+            score_again(s, args, work, tile, scored, k.tile());
             mask(tile);
           }
           grows = softmax.weigh(s, scale);
           if (IS_GUESSED) may_guess = softmax.has_seen();
         }
-        if (IS_GUESSED) free(k);
+        if (!FREES_EARLY) free(k);
         has_keys = is_over(k.is_full(), k.parity);
         keep(s);
         must_be_known(softmax.l[0] + softmax.l[1]);
