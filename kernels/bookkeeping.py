@@ -2,6 +2,22 @@
 
 import torch
 
+from kernels.launch import only_compiles
+
+
+def copy_numbers(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Enqueue a copy of numbers [N] from pinned memory to a GPU, or back.
+
+    A kernel copies a step's few kilobytes in less time than a copy engine takes to begin, and to be waited for.
+    """
+    if source.is_cuda or target.is_cuda:
+        from kernels.triton_bookkeeping import copy_triton  # here: a machine without a GPU need not have triton
+
+        copy_triton(source, target)
+        if not only_compiles():  # else nothing was copied, and what reads it next may be torch's
+            return
+    target.copy_(source, non_blocking=True)
+
 
 def begin_step_torch(
     input_ids: torch.Tensor,

@@ -7,7 +7,12 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch
 from kernels.triton_elementwise import launch_options, wait_for_input
 
-BLOCK = 256
+BLOCK, COPY_BLOCK = 256, 1024
+
+
+def copy_triton(source: torch.Tensor, target: torch.Tensor) -> None:
+    num_numbers = len(source)
+    _copy_kernel[(cdiv(num_numbers, COPY_BLOCK),)](source, target, num_numbers, BLOCK=COPY_BLOCK, num_warps=4)
 
 
 def begin_step_triton(
@@ -36,6 +41,13 @@ def end_step_triton(
     _end_step_kernel[(cdiv(num_samples, BLOCK),)](
         tokens, rows, last_tokens, counts, num_samples, stride, BLOCK=BLOCK, **options
     )
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["num_numbers"])
+def _copy_kernel(source, target, num_numbers, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + i, tl.load(source + i, mask=i < num_numbers, other=0), mask=i < num_numbers)
 
 
 @fast_launch

@@ -96,6 +96,7 @@ def launches(card: Card) -> Iterator[tuple[str, Launch]]:
         yield from single_token_launches(dtype, [dtype, *caches] if dtype != F32 else [dtype])
         yield from latent_launches(dtype, [dtype, *caches] if dtype != F32 else [dtype])
         yield from product_launches(dtype)
+        yield from router_launches(dtype)
         yield from elementwise_launches(dtype, [dtype, *caches])
         yield from expert_launches(dtype)
         yield from routing_launches(dtype)
@@ -230,6 +231,16 @@ def product_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
                 yield f"gemv {name}", partial(gemv, x, weight, **options | {"norm_weight": norm})
             elif num_tokens > 3 and dtype.itemsize == 2 and fits_skinny(k):
                 yield f"skinny {name}", partial(skinny_gemm, x, weight, **options)
+
+
+def router_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    for num_experts, hidden in ((128, 2048), (32, 2880), (256, 7168)):
+        for num_tokens in (1, 3):
+            x, weight = empty(num_tokens, hidden, dtype=dtype), empty(num_experts, hidden, dtype=dtype)
+            launch = partial(
+                gemv, x, weight, norm_weight=empty(hidden, dtype=dtype), eps=1e-6, normed=torch.empty_like(x)
+            )
+            yield f"router of {num_tokens} x {num_experts} x {hidden} {dtype}", partial(launch, out_dtype=F32)
 
 
 def expert_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -470,6 +481,7 @@ def bookkeeping_launches() -> Iterator[tuple[str, Launch]]:
     module = triton_bookkeeping
     of_tokens, table = empty(300, dtype=I32), empty(256, 4096, dtype=I32)
     tokens = of_tokens, of_tokens, of_tokens, of_tokens, of_tokens
+    yield "copy", partial(module.copy_triton, of_tokens, empty(300, dtype=I32))
     for window in (None, of_tokens):
         yield "begin", partial(module.begin_step_triton, *tokens, table, window, window)
     for counts in (None, empty(512, 32000, dtype=torch.int16)):

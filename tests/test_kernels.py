@@ -294,6 +294,14 @@ def test_the_kernel_that_begins_a_step_equals_its_twin() -> None:
     assert torch.equal(expected_table[rows, positions], slots)
 
 
+@pytest.mark.parametrize("num_numbers", [1, 1024, 5000])
+def test_the_kernel_that_copies_a_step_s_numbers_copies_these_and_no_others(num_numbers: int) -> None:
+    source = torch.arange(num_numbers + 7, dtype=torch.int32, device=DEVICE)
+    target = torch.full_like(source, -1)
+    triton_bookkeeping.copy_triton(source[:num_numbers], target[:num_numbers])
+    assert torch.equal(target[:num_numbers], source[:num_numbers]) and (target[num_numbers:] == -1).all()
+
+
 def test_the_kernel_that_ends_a_step_equals_its_twin() -> None:
     rows = torch.randperm(400)[:300].to(torch.int32).to(DEVICE)
     tokens = torch.randint(-1, 50, (300,), dtype=torch.int32).to(DEVICE)
@@ -339,6 +347,12 @@ def test_the_gemv_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int,
         elementwise.act_and_mul_torch(linear(normed, gate_up, gate_up_bias), "silu").to(dtype),
         "norm_linear_act",
     )
+    found_normed = torch.full_like(x, torch.nan)
+    logits = triton_gemm.gemv(
+        x, weight, bias, norm_weight=norm_weight, eps=EPS, out_dtype=torch.float32, normed=found_normed
+    )
+    assert_near(logits.to(dtype), linear(normed, weight, bias).to(dtype), "norm_linear beside the normed")
+    assert_near(found_normed, normed, "normed")
     expected = (h.float() + linear(x, weight, bias)).to(dtype)
     assert_near(triton_gemm.gemv(x, weight, bias, residual=h), expected, "linear_add")
     assert_near(h, expected, "linear_add in place")

@@ -11,6 +11,7 @@ import torch
 from engine.layers.forward_batch import ForwardBatch, SharedPrefixes
 from engine.schedule.plan import Groups, Plan
 from engine.step.fields import FIELDS, StepShape, layout_of, max_size
+from kernels.bookkeeping import copy_numbers
 
 NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, and one to spare
 
@@ -167,7 +168,7 @@ class Stager:
         return Staged(self._host[self._current][:size], self._device[:size])
 
     def upload(self, staged: Staged) -> None:
-        staged.device.copy_(staged.host, non_blocking=True)
+        copy_numbers(staged.host, staged.device)
 
     def views(self, shape: StepShape, plan: Plan, *, is_for_graph: bool = False) -> StagedBatch:
         """Return the tensors that `upload` fills for a plan of that shape. `plan` has the host's own knowledge."""

@@ -3,6 +3,7 @@
 import torch
 
 from engine.step.batch import NUM_STAGING_BUFFERS
+from kernels.bookkeeping import copy_numbers
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,4 +31,5 @@ class TokenBuffers:
         if (parts := self._parts.get(num_tokens)) is None:
             parts = self._parts[num_tokens] = [buffer[:num_tokens] for buffer in self._buffers]
         self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
-        return parts[self._turn].copy_(tokens, non_blocking=True)
+        copy_numbers(tokens, parts[self._turn])
+        return parts[self._turn]
