@@ -86,6 +86,17 @@ class DenseWeight(Weight):
         sums = torch.mm(x, self.data.t(), out_dtype=torch.float32)
         return sums if bias is None else sums.add_(bias)
 
+    def normed_logits(
+        self, x: torch.Tensor, norm: Norm, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (norm.is_rms and x.dtype.itemsize == 2 and _is_gemv(x, self.data)):
+            return super().normed_logits(x, norm, bias)
+        from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
+
+        normed = torch.empty_like(x)
+        fused: dict[str, Any] = {"norm_weight": norm.weight, "eps": norm.eps, "normed": normed}
+        return normed, gemv(x, self.data, bias, out_dtype=torch.float32, **fused)
+
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return embed(ids, self.data)
 

@@ -49,13 +49,15 @@ def gemv(
     act: str | None = None,
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    normed: torch.Tensor | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias [T, N] of a few tokens x [T, K] and weight [N, K], with more fused in.
 
     norm_weight [K], eps: x is RMS-normed first. act: the weight is [2N, K], gate and up, and the result is
     act(gate) * up. residual [T, N]: the product is added to it, in place, and it is returned. out_dtype: what a result
-    that is not a sum is rounded to, x's own by default. Results do not depend on `config` but for rounding.
+    that is not a sum is rounded to, x's own by default. normed [T, K]: where the normed x is written, too.
+    Results do not depend on `config` but for rounding.
     """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
@@ -72,6 +74,7 @@ def gemv(
         norm_weight,
         residual,
         out,
+        normed,
         n,
         eps,
         K=k,
@@ -79,6 +82,7 @@ def gemv(
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         PREFETCH=min(config.prefetch, cdiv(k, config.block_k)),
+        NORMED=0 if normed is None else next_power_of_2(cdiv(k, cdiv(n, block_n))),
         ACT=act,
         PDL=pdl,
         num_warps=config.num_warps,
@@ -96,6 +100,7 @@ def _gemv_kernel(
     norm_weight,
     residual,
     out,
+    normed,
     N,
     eps,
     K: tl.constexpr,
@@ -103,6 +108,7 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    NORMED: tl.constexpr,
     ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -187,6 +193,17 @@ def _gemv_kernel(
         if residual is not None:
             y += added[t]
         tl.store(out + t * N + first + n, y.to(out.dtype.element_ty), mask=is_row)
+        if normed is not None:
+            _store_normed(normed + t * K, x + t * K, norm_weight, scale, K, NORMED)
+
+
+@triton.jit
+def _store_normed(normed, x, norm_weight, scale, K: tl.constexpr, NORMED: tl.constexpr):
+    """Write the NORMED columns of this program of a token x, normed by `scale`, rounded as `rms_norm` does."""
+    k = tl.program_id(0) * NORMED + tl.arange(0, NORMED)
+    weight = tl.load(norm_weight + k, mask=k < K, other=0.0)
+    values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32) * scale
+    tl.store(normed + k, (values.to(weight.dtype) * weight).to(normed.dtype.element_ty), mask=k < K)
 
 
 @triton.jit

@@ -111,6 +111,13 @@ class Weight(ABC):
         """
         return self.product(x, bias=bias).float()
 
+    def normed_logits(
+        self, x: torch.Tensor, norm: Norm, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm(x), its `logits`) of x [T, k]."""
+        normed = norm(x)
+        return normed, self.logits(normed, bias)
+
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows `ids` [T] as [T, k] numbers, if it `has_lookup`: tokens are embedded so."""
         raise NotImplementedError(f"{type(self).__name__} has no rows that can be looked up")

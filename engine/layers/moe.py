@@ -44,7 +44,15 @@ class Router(Linear):
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return experts and weights of tokens x [T, hidden], as `kernels.routing.route` does."""
-        return route(self.weight.logits(x, self.bias), self.routing, self.e_score_correction_bias, self.held)
+        return self._route(self.weight.logits(x, self.bias))
+
+    def choose_normed(self, x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (norm(x), its experts, their weights) of tokens x [T, hidden], as `choose` does."""
+        normed, logits = self.weight.normed_logits(x, norm, self.bias)
+        return normed, *self._route(logits)
+
+    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return route(logits, self.routing, self.e_score_correction_bias, self.held)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().weights()
@@ -173,9 +181,7 @@ class MoE(MLP):
         self.down_proj = Down(self, adds_bias=adds_bias, is_first=is_first)  # type: ignore[assignment]
 
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
-        if norm is not None:
-            x = norm(x)
-        return self.routed(x, *self.gate.choose(x))
+        return self.routed(x, *self.gate.choose(x)) if norm is None else self.routed(*self.gate.choose_normed(x, norm))
 
     def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Routed:
         """Return the inner state of tokens x [T, hidden] whose experts are `ids`, with `weights`: both [T, k]."""
