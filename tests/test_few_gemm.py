@@ -40,6 +40,7 @@ def test_tiles_leave_the_fewest_multiprocessors_idle() -> None:
     assert few_config(6144, 4096, 16, False, SMS).columns == 48  # 128 of 132 busy, once
     assert few_config(4096, 14336, 16, False, SMS).columns == 32
     assert few_config(14336, 4096, 16, True, SMS).columns == 112
+    assert few_config(151936, 2048, 16, False, SMS).columns <= few.MANY_TILE_COLUMNS, "of a head each has many"
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
