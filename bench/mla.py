@@ -25,8 +25,7 @@ from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
 from kernels.mla import latent_attention_torch
 from kernels.timing import graph_us
-from kernels.triton_decode import DECODE_LIMITS
-from kernels.triton_mla import latent_attention_triton
+from kernels.triton_mla import LATENT_DECODE_LIMITS, latent_attention_triton
 from kernels.triton_tasks import latent_task
 from kernels.tuning import Entries, LatentShape
 
@@ -169,7 +168,7 @@ def tuned(shapes: list[LatentShape]) -> Entries:
     """Return the fastest candidate of each kernel and shape."""
     device, entries = torch.device("cuda", torch.cuda.current_device()), Entries()
     for shape in dict.fromkeys(shapes):
-        limits = [("decode", limit) for limit in DECODE_LIMITS]
+        limits = [("decode", limit) for limit in LATENT_DECODE_LIMITS]
         for form, limit in [*limits, ("absorbed", 1), ("expanded", 1)]:
             task = latent_task(form, shape, limit, torch.bfloat16, device)
             launches, times = task.prepare(), dict[Any, float]()

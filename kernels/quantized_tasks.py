@@ -28,7 +28,9 @@ from kernels.tuning import Task, WeightShape
 from kernels.weights import Part
 
 TOKENS = 16
-ONE_CANDIDATES = [(2, 1, 12, 1, 4, 2), (2, 1, 16, 1, 4, 1), (2, 1, 12, 1, 3, 2), (1, 1, 16, 1, 8, 1)]
+ONE_CANDIDATES = [
+    (2, 1, 12, 1, 4, 2), (2, 1, 16, 1, 4, 1), (2, 1, 12, 1, 3, 2), (2, 1, 16, 1, 3, 2), (1, 1, 16, 1, 8, 2)
+]  # fmt: skip
 FEW_CANDIDATES = [(2, 4, 2, 4, 4), (2, 8, 1, 8, 4), (4, 4, 1, 8, 3), (2, 4, 1, 1, 4)]
 MANY_CANDIDATES = [  # warpgroups, stages, split
     (2, 6, 1), (2, 8, 1), (2, 6, 2), (2, 8, 2), (2, 8, 4), (1, 12, 1), (1, 12, 2),

@@ -36,8 +36,10 @@ from kernels.tuning import Configs
 MOST_MERGED_LATER = 4  # requests
 MOST_MERGED_PARTS, MOST_MERGED_COLUMNS, MERGED_VALUES = 256, 128, 8192  # that a program of `_merge_kernel` holds
 
-# Most requests that a configuration is for. A few are made for latency, many to fill the chip.
-DECODE_LIMITS = (4, 16, 1 << 20)
+# Most requests that a configuration is for. A few are made for latency, some to fill the chip; where programs have
+# several requests each, more of them at once hide what each begins with. The last two: of requests with 8 KV heads.
+DECODE_LIMITS = (4, 16, 64, 1 << 20)
+LIMITED_KV_HEADS = 8
 
 
 def default_decode_config(block_d: int) -> DecodeConfig:
@@ -60,14 +62,17 @@ DECODE_BYTES_CONFIGS = _decode_configs("decode_bytes")  # of caches of 8 bits: t
 PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config, fitting_prefill_config)
 
 
-def decode_config(q: torch.Tensor, num_requests: int, cache_dtype: torch.dtype) -> DecodeConfig:
-    """Return the configuration for single tokens q [T, H, D] of `num_requests`."""
+def decode_config(q: torch.Tensor, num_requests: int, k_cache: torch.Tensor) -> DecodeConfig:
+    """Return the configuration for single tokens q [T, H, D] of `num_requests`, and a cache [num_slots, Hkv, D]."""
     if q.dtype.itemsize == 4:
         return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
-    few, some, many = DECODE_LIMITS
-    max_requests = few if num_requests <= few else some if num_requests <= some else many
-    configs = DECODE_BYTES_CONFIGS if cache_dtype.itemsize == 1 else DECODE_CONFIGS
-    return configs.get(q.device, next_power_of_2(q.shape[2]), max_requests)
+    few, some, many, most = DECODE_LIMITS
+    if num_requests <= some:
+        limit = few if num_requests <= few else some
+    else:
+        limit = many if num_requests * k_cache.shape[1] <= many * LIMITED_KV_HEADS else most
+    configs = DECODE_BYTES_CONFIGS if k_cache.dtype.itemsize == 1 else DECODE_CONFIGS
+    return configs.get(q.device, next_power_of_2(q.shape[2]), limit)
 
 
 def decode(
@@ -110,7 +115,7 @@ def decode(
     num_requests = batch.num_decodes
     v_dim, num_kv_heads = v_cache.shape[2], k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
-    config = config or decode_config(q, num_requests, k_cache.dtype)
+    config = config or decode_config(q, num_requests, k_cache)
     num_programs = num_programs or config.programs_per_sm * (num_free_sms or num_sms(q.device))
     shared = batch.shared
     num_splits = 0

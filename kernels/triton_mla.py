@@ -20,13 +20,14 @@ from kernels.card import card_of
 from kernels.latents import Expansion, LatentSizes, absorb, graph_room, values_of
 from kernels.launch import cdiv, next_power_of_2
 from kernels.tile_sizes import MIN_BLOCK, fitting, least_rows, tile_bytes
-from kernels.triton_decode import DECODE_LIMITS, decode
+from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 from kernels.triton_softmax import DecodeConfig, PrefillConfig, Rotated, float32_prefill_config
 from kernels.tuning import Configs
 
 MAX_RANK, MAX_ROPE = 512, 64  # elements of a latent and of a rotated key, as far as shared memory is counted
 MAX_GROUP = 64  # heads that read a latent together: their results must fit into a program's registers
+LATENT_DECODE_LIMITS = (4, 16, 1 << 20)  # most requests that a configuration is for
 EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
 
 
@@ -84,7 +85,7 @@ class LatentConfigs(NamedTuple):
 def config_keys(num_heads: int, sizes: LatentSizes, num_decodes: int, device: torch.device) -> LatentConfigs:
     """Return the table and the key there of each configuration."""
     rank, group = next_power_of_2(sizes.rank), next_power_of_2(num_heads // num_groups(num_heads, device))
-    limit = next(limit for limit in DECODE_LIMITS if num_decodes <= limit)
+    limit = next(limit for limit in LATENT_DECODE_LIMITS if num_decodes <= limit)
     return LatentConfigs(
         decode=(DECODE_CONFIGS, (rank, group, limit)),
         absorbed=(ABSORBED_CONFIGS, (rank,)),

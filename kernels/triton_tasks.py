@@ -26,7 +26,7 @@ from kernels.triton_experts import (
     sort_pairs,
 )
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, gemv
-from kernels.triton_mla import config_keys, latent_attention_triton, latent_configs
+from kernels.triton_mla import LATENT_DECODE_LIMITS, config_keys, latent_attention_triton, latent_configs
 from kernels.triton_prefill import PREFILL_CONFIGS, prefill
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, fits_skinny, skinny_gemm
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
@@ -49,12 +49,19 @@ SKINNY_TOKENS = {16: 8, 32: 28}  # most tokens -> tokens timed
 DECODE_CANDIDATES = {
     4: [DecodeConfig(64, 4, 3, 1, True), DecodeConfig(32, 4, 4, 1, True), DecodeConfig(64, 4, 3, 2)],
     16: [DecodeConfig(32, 1, 4, 2), DecodeConfig(32, 2, 4, 3), DecodeConfig(64, 4, 3, 2)],
-    1 << 20: [DecodeConfig(32, 1, 4, 4), DecodeConfig(32, 2, 4, 4), DecodeConfig(64, 4, 2, 4)],
+    64: [DecodeConfig(32, 1, 4, 4), DecodeConfig(32, 2, 4, 4), DecodeConfig(64, 4, 2, 4)],
+    1 << 20: [DecodeConfig(32, 1, 2, 8), DecodeConfig(32, 1, 4, 4), DecodeConfig(64, 4, 2, 4)],
 }
 # As candidates too, where heads have up to 64 values, and where a cache has 8 bits: more tokens have room.
-NARROW_HEAD, DECODE_NARROW_CANDIDATES = 64, {4: [], 16: [], 1 << 20: [DecodeConfig(64, 1, 4, 4)]}
-DECODE_BYTES_CANDIDATES = {4: [], 16: [DecodeConfig(32, 1, 4, 4)], 1 << 20: [DecodeConfig(32, 1, 3, 8)]}
-DECODE_LENS = {4: (1, 4096), 16: (8, 1024), 1 << 20: (64, 1024)}  # most requests -> requests and tokens of each, timed
+NARROW_HEAD = 64
+DECODE_NARROW_CANDIDATES = {
+    4: [], 16: [], 64: [DecodeConfig(64, 1, 4, 4)], 1 << 20: [DecodeConfig(64, 1, 4, 4), DecodeConfig(64, 1, 2, 8)]
+}  # fmt: skip
+DECODE_BYTES_CANDIDATES = {
+    4: [], 16: [DecodeConfig(32, 1, 4, 4)], 64: [DecodeConfig(32, 1, 3, 8)], 1 << 20: [DecodeConfig(32, 1, 3, 8)]
+}  # fmt: skip
+# Most requests -> requests and tokens of each, timed.
+DECODE_LENS = {4: (1, 4096), 16: (8, 1024), 64: (64, 1024), 1 << 20: (256, 256)}
 PREFILL_CANDIDATES = [PrefillConfig(64, 64, 4, 3), PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)]
 PROMPT_LEN = 2048
 # By the fields of `LatentConfigs`.
@@ -89,7 +96,7 @@ def tasks_of(
     latents = [shape for shape in dict.fromkeys(attention) if isinstance(shape, LatentShape)]
     tasks = [gemv_task(shape, dtype, device) for shape in largest_first]
     tasks += [decode_task(shape, limit, dtype, device) for shape in heads for limit in DECODE_LIMITS]
-    tasks += [latent_task("decode", shape, limit, dtype, device) for shape in latents for limit in DECODE_LIMITS]
+    tasks += [latent_task("decode", shape, limit, dtype, device) for shape in latents for limit in LATENT_DECODE_LIMITS]
     tasks += [prefill_task(shape, dtype, device) for shape in heads]
     tasks += [latent_task(form, shape, 1, dtype, device) for form in ("expanded", "absorbed") for shape in latents]
     tasks += [

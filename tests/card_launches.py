@@ -134,7 +134,7 @@ def batch_of(num_decodes: int, prompts: tuple[int, ...] = (), *, is_shared: bool
 
 
 def attention_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
-    few, some, _ = DECODE_LIMITS
+    few, some, *_ = DECODE_LIMITS
     plain = [("1", batch_of(1)), ("8", batch_of(some)), ("256, shared", batch_of(256, is_shared=True))]
     plain += [("prompt", batch_of(0, (2048,))), ("prompts", batch_of(few, (300,) * 20))]
     for heads in HEADS if dtype != F32 else HEADS[:1] + HEADS[-2:]:

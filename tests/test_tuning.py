@@ -31,7 +31,7 @@ from kernels.triton_decode import (
 )
 from kernels.triton_experts import TILE_CODES, TILE_CONFIGS
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
-from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS
+from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS, LATENT_DECODE_LIMITS
 from kernels.triton_mla import DECODE_CONFIGS as LATENT_DECODE_CONFIGS
 from kernels.triton_prefill import PREFILL_CONFIGS
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
@@ -131,7 +131,7 @@ def test_known_shapes_have_the_configurations_that_were_found_for_them(card: Cal
         assert GEMV_CONFIGS.get(CARD, 151936, 1024) == GemvConfig(2, 1024, 4, 1)
         assert SKINNY_CONFIGS.get(CARD, 6144, 1024, 32) == SkinnyConfig(16, 64, 2, 6)
         assert DECODE_CONFIGS.get(CARD, 128, 4) == DecodeConfig(32, 1, 4, 2)
-        assert DECODE_CONFIGS.get(CARD, 128, 1 << 20) == DecodeConfig(32, 1, 4, 4)
+        assert DECODE_CONFIGS.get(CARD, 128, 1 << 20) == DecodeConfig(32, 1, 2, 8)
         assert PREFILL_CONFIGS.get(CARD, 128) == PREFIX_CONFIGS.get(CARD, 128) == PrefillConfig(64, 64, 4, 3)
 
 
@@ -178,17 +178,20 @@ def test_what_was_found_on_a_card_is_taken_as_it_is(card: Callable[..., None]) -
 
 
 def test_the_number_of_requests_decides_about_decode_configurations(card: Callable[[str], None]) -> None:
-    q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
-    found = [decode_config(q, num_requests, q.dtype) for num_requests in (1, 4, 5, 16, 17, 4000)]
-    assert found == [DECODE_CONFIGS.get(CPU, 128, limit) for limit in DECODE_LIMITS for _ in range(2)]
-    assert len(set(found)) == 3
+    q, cache = torch.empty(1, 8, 128, dtype=torch.bfloat16), torch.empty(1, 8, 128, dtype=torch.bfloat16)
+    for limit in DECODE_LIMITS:
+        DECODE_CONFIGS.record(CPU, (128, limit), DecodeConfig(32, 1, 4, limit))
+    found = [decode_config(q, num_requests, cache).programs_per_sm for num_requests in (1, 4, 5, 16, 17, 64, 65, 4000)]
+    assert found == [limit for limit in DECODE_LIMITS for _ in range(2)]
+    found = [decode_config(q, num_requests, cache[:, :4]).programs_per_sm for num_requests in (4, 16, 128, 129)]
+    assert found == list(DECODE_LIMITS), "half as many heads fill the chip half as well"
 
 
 def test_a_cache_of_8_bits_has_decode_configurations_of_its_own(card: Callable[[str], None]) -> None:
-    q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
+    q, cache = torch.empty(1, 4, 128, dtype=torch.bfloat16), torch.empty(1, 4, 128, dtype=torch.bfloat16)
     config = DecodeConfig(32, 1, 3, 8)
     DECODE_BYTES_CONFIGS.record(CPU, (128, DECODE_LIMITS[-1]), config)
-    assert decode_config(q, 4000, torch.float8_e4m3fn) == config != decode_config(q, 4000, q.dtype)
+    assert decode_config(q, 4000, cache.to(torch.float8_e4m3fn)) == config != decode_config(q, 4000, cache)
 
 
 def test_a_card_has_its_own_table_and_others_are_tuned_anew(card: Callable[[str], None]) -> None:
@@ -361,7 +364,7 @@ def test_every_kernel_of_a_model_is_a_task_and_each_shape_once() -> None:
         "prefix": [(16,)],
     }
     tasks = triton_tasks.tasks_of([], [LatentShape(6, 16, 8, 12, 32)], torch.float16, CPU)
-    decodes = {("latent_decode", (32, 8, limit)) for limit in DECODE_LIMITS}
+    decodes = {("latent_decode", (32, 8, limit)) for limit in LATENT_DECODE_LIMITS}
     prompts = {("latent_absorbed", (32,)), ("latent_expanded", (16, 16))}
     assert {(task.configs.kind, task.key) for task in tasks} == decodes | prompts
     tasks = triton_tasks.tasks_of([], [], torch.float16, CPU, EXPERTS)
@@ -378,7 +381,8 @@ EXPERTS = [ExpertShape(2, 96, 64, "silu"), ExpertShape(2, 64, 96, form=Format("i
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
-    monkeypatch.setattr(triton_tasks, "DECODE_LENS", dict.fromkeys(DECODE_LIMITS, (2, 40)))
+    limits = (*DECODE_LIMITS, *LATENT_DECODE_LIMITS)
+    monkeypatch.setattr(triton_tasks, "DECODE_LENS", dict.fromkeys(limits, (2, 40)))
     monkeypatch.setattr(triton_tasks, "TILE_PAIRS", dict.fromkeys(triton_tasks.TILE_PAIRS, 3))
     for name, value in (("PROMPT_LEN", 24), ("PREFIX_REQUESTS", 3), ("PREFIX_LEN", 20), ("OWN_LEN", 4)):
         monkeypatch.setattr(triton_tasks, name, value)
