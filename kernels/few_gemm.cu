@@ -31,6 +31,13 @@ __device__ __forceinline__ void load3(u32 to, const TensorMap* map, int column, 
       "l"(map), "r"(column), "r"(row), "r"(slab), "r"(barrier)
       : "memory");
 }
+__device__ __forceinline__ void load3_by_policy(u32 to, const TensorMap* map, int column, int row, int slab, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(slab), "r"(barrier), "l"(policy)
+      : "memory");
+}
 // d += a tile [64, 16] of x times one [COLUMNS, 16] of weights. A thread's d[4 g ...] are columns 8 g + 2 (lane % 4) and the
 // next one, of its warp's row lane / 4, then of row lane / 4 + 8.
 __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 x, u64 w, bool add) {
@@ -94,11 +101,12 @@ extern "C" __global__ void __launch_bounds__(160, 1)
   if (warp == 4) {
     if (lane != 0) return;
     Ring ring(stages, barriers, 1);
+    const u64 policy = cache_policy(true);
     auto load_w = [&](int tile, int stage) {
       expect(ring.is_full(), STAGE_BYTES);
 #pragma unroll
       for (int half = 0; half < HALVES; half++)
-        load3(ring.w() + half * W_BYTES, &w_map, 0, half * out_n + tile * COLUMNS, stage * SLABS, ring.is_full());
+        load3_by_policy(ring.w() + half * W_BYTES, &w_map, 0, half * out_n + tile * COLUMNS, stage * SLABS, ring.is_full(), policy);
     };
     auto load_x = [&](int stage) { load3(ring.x(), &x_map, 0, 0, stage * SLABS, ring.is_full()); };
     const int ahead = min(STAGES, num_stages);

@@ -150,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x >= MULTIPLIERS) {
     leave_registers();
     if (threadIdx.x == MULTIPLIERS) {
+      const u64 policy = cache_policy(num_token_tiles == 1);
       auto load_weight = [&](int i, int stage) {
         expect(full + 8 * stage, LOAD_BYTES);
         const u32 to = ring + stage * STAGE_BYTES + X_BYTES;
@@ -159,9 +160,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                          : row_block * (4 * WARPGROUPS) + 4 * w;
           const int piece = begin + i;
           if (IS_DIRECT)
-            load(to + w * W_BYTES, &w_map, piece * DEPTH, 16 * tile, full + 8 * stage);
+            load_by_policy(to + w * W_BYTES, &w_map, piece * DEPTH, 16 * tile, full + 8 * stage, policy);
           else
-            load(to + w * W_BYTES, &w_map, piece * (CODE_LOADS * 128), tile, full + 8 * stage);
+            load_by_policy(to + w * W_BYTES, &w_map, piece * (CODE_LOADS * 128), tile, full + 8 * stage, policy);
           if (IS_BLOCKS)
             load(to + WARPGROUPS * W_BYTES + w * P_BYTES, &p_map, 16 * tile, piece, full + 8 * stage);
           else if (P_BYTES)
