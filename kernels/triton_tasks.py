@@ -73,12 +73,12 @@ LATENT_CANDIDATES: dict[str, list[Any]] = {
 ABSORBED_LEN = 256  # tokens of a prompt that goes the absorbed way
 PREFIX_REQUESTS, PREFIX_LEN, OWN_LEN = 32, 2048, 64
 TILE_CANDIDATES = {  # pairs of a tile -> configurations
-    16: [TileConfig(64, 128, 4, 4), TileConfig(64, 64, 4, 5), TileConfig(32, 128, 4, 4), TileConfig(128, 64, 8, 4)],
+    16: [TileConfig(64, 128, 4, 4), TileConfig(64, 128, 2, 4), TileConfig(32, 128, 4, 5), TileConfig(128, 64, 8, 4)],
     32: [TileConfig(64, 128, 4, 3), TileConfig(64, 64, 4, 5), TileConfig(128, 64, 8, 4)],
     64: [TileConfig(128, 64, 4, 4), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 4, 4)],
     128: [TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 8, 4)],
 }
-DOWN_TILES = {32: [TileConfig(128, 128, 4, 3)]}  # as candidates too, of plain numbers and without an activation
+DOWN_TILES = {32: [TileConfig(128, 128, 4, 2)]}  # as candidates too, of plain numbers and without an activation
 TILE_PAIRS = {16: 2, 32: 16, 64: 48, 128: 128}  # pairs of a tile -> those of an expert, timed
 
 
