@@ -302,6 +302,15 @@ def test_the_kernel_that_copies_a_step_s_numbers_copies_these_and_no_others(num_
     assert torch.equal(target[:num_numbers], source[:num_numbers]) and (target[num_numbers:] == -1).all()
 
 
+def test_a_step_s_numbers_are_copied_where_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_bookkeeping, "copy_triton", lambda *_: None)
+    for only_compiles in (False, True):
+        monkeypatch.setattr(bookkeeping, "only_compiles", lambda only=only_compiles: only)
+        source, target = torch.arange(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int32).as_subclass(OnGPU)
+        bookkeeping.copy_numbers(source, target)
+        assert torch.equal(target, source) == only_compiles
+
+
 def test_the_kernel_that_ends_a_step_equals_its_twin() -> None:
     rows = torch.randperm(400)[:300].to(torch.int32).to(DEVICE)
     tokens = torch.randint(-1, 50, (300,), dtype=torch.int32).to(DEVICE)
@@ -399,10 +408,13 @@ def test_a_skinny_configuration_changes_the_speed_only(config: tuple[int, ...]) 
     assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
 
 
-def test_a_router_needs_no_width_of_whole_pieces_to_have_a_kernel():
-    class OnGPU(torch.Tensor):
-        is_cuda = True
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
 
+    is_cuda = True
+
+
+def test_a_router_needs_no_width_of_whole_pieces_to_have_a_kernel():
     x = torch.zeros(256, 2880, dtype=torch.bfloat16).as_subclass(OnGPU)
     for num_rows, expected in ((32, triton_skinny.skinny_gemm), (5120, None)):
         weight = torch.zeros(num_rows, 2880, dtype=torch.bfloat16)
