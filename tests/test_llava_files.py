@@ -169,7 +169,7 @@ async def test_frames_stand_beside_pictures_without_a_token_for_either(
             ids, its_media = await engine.encode_media("See <video> and <image>: what moves?", media)
             answer, _ = await ask(engine, ids, its_media)
             found.append(([place.tolist() for place in its_media.places], answer))
-            with pytest.raises(InvalidRequest, match="place 0 of the prompt is for a image, not a video"):
+            with pytest.raises(InvalidRequest, match="place 0 of the prompt is for images, not for videos"):
                 await engine.encode_media("See <image> and <video>", media)
     assert found[0] == found[1]
 

@@ -191,7 +191,7 @@ class MediaReader:
             )
         for i, (kind, one) in enumerate(zip(kinds, media, strict=True)):
             if kind != one.kind:
-                raise InvalidRequest(f"place {i} of the prompt is for a {kind}, not a {one.kind}")
+                raise InvalidRequest(f"place {i} of the prompt is for {kind}s, not for {one.kind}s")
 
     @staticmethod
     def _rope(prompt_len: int, places: Sequence[np.ndarray], writings: Sequence[Writing]) -> np.ndarray:
