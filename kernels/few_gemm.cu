@@ -25,19 +25,6 @@ struct Args {
   int num_tokens, n, k, is_out_float;
 };
 
-__device__ __forceinline__ void load3(u32 to, const TensorMap* map, int column, int row, int slab, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(slab), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void load3_by_policy(u32 to, const TensorMap* map, int column, int row, int slab, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(slab), "r"(barrier), "l"(policy)
-      : "memory");
-}
 // d += a tile [64, 16] of x times one [COLUMNS, 16] of weights. A thread's d[4 g ...] are columns 8 g + 2 (lane % 4) and the
 // next one, of its warp's row lane / 4, then of row lane / 4 + 8.
 __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 x, u64 w, bool add) {

@@ -23,12 +23,18 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// Have the tensor memory accelerator copy a box of a matrix.
+// Have the tensor memory accelerator copy a box of a matrix, or of three dimensions.
 __device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void load3(u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
       : "memory");
 }
 // Return how the L2 cache is to hold what is read: only once, then it makes room first.
@@ -40,11 +46,19 @@ __device__ __forceinline__ u64 cache_policy(bool is_read_once) {
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// The same copies, of what the L2 cache holds by a policy.
 __device__ __forceinline__ void load_by_policy(u32 to, const TensorMap* map, int column, int row, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void load3_by_policy(u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

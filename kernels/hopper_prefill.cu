@@ -63,13 +63,6 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void leave_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 72 : 32));
 }
-__device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int head, int slot, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(column), "r"(head), "r"(slot), "r"(barrier)
-      : "memory");
-}
 // Copy 16 bytes, or zeros.
 __device__ __forceinline__ void copy(u32 to, const void* from, bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0) : "memory");
@@ -459,8 +452,8 @@ struct Loader {
           for (int j = 0; j < KEY_SLABS; j++) {
             if (j == num_slabs) break;
             const bool is_own = j < num_own;
-            load(ring.tile() + j * (KEYS * 128) + row * 128, is_own ? map : shared_map, 64 * (is_own ? j : j - num_own),
-                 is_own ? head : 0, slot, ring.is_full());
+            load3(ring.tile() + j * (KEYS * 128) + row * 128, is_own ? map : shared_map, 64 * (is_own ? j : j - num_own),
+                  is_own ? head : 0, slot, ring.is_full());
           }
         }
       } else {

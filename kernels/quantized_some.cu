@@ -38,12 +38,6 @@ constexpr int FOLD = GROUP == 0 ? 8 : GROUPS > 1 ? 4 / GROUPS : GROUP_CHUNKS % 2
 // ---- instructions ----
 
 __device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
-__device__ __forceinline__ void load3(u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
-      : "memory");
-}
 __device__ __forceinline__ void load4(u32 to, const TensorMap* map, int c0, int c1, int c2, int c3, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
