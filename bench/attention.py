@@ -36,7 +36,7 @@ from kernels.attention_batch import AttentionBatch
 from kernels.hopper import is_available
 from kernels.timing import elapsed_us
 from kernels.triton_attention import attention_triton
-from kernels.triton_decode import DECODE_LIMITS, decode
+from kernels.triton_decode import DECODE_LIMITS, decode, decode_limit
 from kernels.triton_prefill import prefill
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
 from kernels.tuning import Entries
@@ -69,6 +69,7 @@ DECODE_KERNELS = {  # (block_n, num_warps, num_stages): programs on an SM
     (32, 4, 4): (4, 3, 2, 1),
     (32, 4, 5): (3, 2),
     (32, 2, 4): (6, 4, 3),
+    (32, 1, 2): (8,),
     (32, 1, 4): (4, 2),
     (64, 2, 3): (4, 3),
     (64, 4, 2): (5, 4, 3),
@@ -538,12 +539,14 @@ def precompile(parts: list[str], head_dim: int, deadline: float) -> list[str]:
 def best_entries(tables: dict[str, Results], head_dim: int) -> Entries:
     """Return the best configurations as tables have them, for the heads that were timed."""
     entries: Entries = {"decode": {}, "prefill": {}, "prefix": {}}
-    requests = {shape: len(lens) for shape, _, lens in DECODE_SHAPES}
-    fewest = 0
+    limits = {
+        shape: decode_limit(len(lens), HEADS[head_dim][which].num_kv_heads)
+        for shape, which, lens in DECODE_SHAPES
+        if which < len(HEADS[head_dim])
+    }
     for limit in DECODE_LIMITS:
-        times = {shape: row for shape, row in tables["decode"].times.items() if fewest < requests[shape] <= limit}
-        fewest = limit
-        if config := best_config(list(times.values()), DECODE_CONFIGS):
+        times = [row for shape, row in tables["decode"].times.items() if limits[shape] == limit]
+        if config := best_config(times, DECODE_CONFIGS):
             entries["decode"][head_dim, limit] = config._asdict()
     prompts = [row for shape, row in tables["prefill"].times.items() if "after 4096" not in shape]
     if prefill_config := best_config(prompts, PREFILL_CONFIGS):

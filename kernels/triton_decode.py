@@ -62,17 +62,20 @@ DECODE_BYTES_CONFIGS = _decode_configs("decode_bytes")  # of caches of 8 bits: t
 PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config, fitting_prefill_config)
 
 
+def decode_limit(num_requests: int, num_kv_heads: int) -> int:
+    """Return the one of `DECODE_LIMITS` that counts for so many requests."""
+    few, some, many, most = DECODE_LIMITS
+    if num_requests <= some:
+        return few if num_requests <= few else some
+    return many if num_requests * num_kv_heads <= many * LIMITED_KV_HEADS else most
+
+
 def decode_config(q: torch.Tensor, num_requests: int, k_cache: torch.Tensor) -> DecodeConfig:
     """Return the configuration for single tokens q [T, H, D] of `num_requests`, and a cache [num_slots, Hkv, D]."""
     if q.dtype.itemsize == 4:
         return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
-    few, some, many, most = DECODE_LIMITS
-    if num_requests <= some:
-        limit = few if num_requests <= few else some
-    else:
-        limit = many if num_requests * k_cache.shape[1] <= many * LIMITED_KV_HEADS else most
     configs = DECODE_BYTES_CONFIGS if k_cache.dtype.itemsize == 1 else DECODE_CONFIGS
-    return configs.get(q.device, next_power_of_2(q.shape[2]), limit)
+    return configs.get(q.device, next_power_of_2(q.shape[2]), decode_limit(num_requests, k_cache.shape[1]))
 
 
 def decode(
