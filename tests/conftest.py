@@ -47,6 +47,12 @@ settings.register_profile(
 settings.load_profile("same")
 
 
+class OnGPU(torch.Tensor):
+    """Stand for a tensor on a GPU."""
+
+    is_cuda = True
+
+
 @pytest.hookimpl(tryfirst=True)  # before fixtures
 def pytest_runtest_setup() -> None:
     """Begin every test at the same random numbers: what it draws must not depend on the tests before it."""

@@ -36,6 +36,7 @@ from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
 from kernels.routing import Routing, route
 from kernels.weights import Part, Weight
+from tests.conftest import OnGPU
 from tests.quantized_files import CASES, E2M1, write_quantized
 from tests.test_engine import collect, make_state, running_engine
 from tests.test_models import (
@@ -553,12 +554,6 @@ def test_pairs_of_few_tokens_are_not_sorted(num_tokens: int, is_fp4: bool, expec
     stack.is_fp4 = is_fp4
     ids = torch.arange(4).expand(num_tokens, 4).contiguous().as_subclass(OnGPU)
     assert type(stack.sort(ids)).__name__ == expected
-
-
-class OnGPU(torch.Tensor):
-    """Stand for inputs on a GPU."""
-
-    is_cuda = True
 
 
 @interpreted

@@ -31,6 +31,7 @@ from kernels import (
     triton_skinny,
     tuning,
 )
+from tests.conftest import OnGPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -406,12 +407,6 @@ def test_a_skinny_configuration_changes_the_speed_only(config: tuple[int, ...]) 
     x, weight = randn(9, 512), randn(50, 512, scale=512**-0.5)
     found = triton_skinny.skinny_gemm(x, weight, config=triton_skinny.SkinnyConfig(*config))
     assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
-
-
-class OnGPU(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
-
-    is_cuda = True
 
 
 def test_a_router_needs_no_width_of_whole_pieces_to_have_a_kernel():
