@@ -1,4 +1,4 @@
-"""Updates of the per-row tables, before a step's first layer and after its sampler."""
+"""Copies of a step's numbers, and updates of the per-row tables before its first layer and after its sampler."""
 
 import torch
 
