@@ -1,4 +1,4 @@
-"""Products of a weight of 16-bit floats and a few tokens for Hopper, where it beats `triton_skinny`.
+"""Products of a weight of 16-bit floats and a few tokens for Hopper, where it beats `triton_skinny` and cuBLAS.
 
 As much of the weight as shared memory has room for is always on its way. `few_gemm.cu` is compiled by NVRTC, which
 comes with torch, and kept on disk.
@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.hopper import ARCHITECTURE, is_available, kind_of, tensor_map
-from kernels.launch import cdiv, compile_ahead, next_power_of_2, num_sms, only_compiles
+from kernels.launch import cdiv, compile_ahead, num_sms, only_compiles
 from kernels.nvrtc import compile_source, joined
 from kernels.quantized_kernel import Kernel
 
 DEPTH = 64  # columns of x and weight in a slab
-MOST_TOKENS = 32
+MOST_TOKENS, MOST_GATED_TOKENS = 128, 64
+SOME_TOKENS = 32  # up to which inputs hardly count beside weights
 LEAST_COLUMNS = 1024  # of the result
-TOKENS = (8, 16, 32)  # that kernels are compiled for
+TOKENS = (8, 16, 32, 48, 64)  # that kernels are compiled for
 ACTS = {None: "NONE", "silu": "SILU", "gelu_tanh": "GELU_TANH"}
 GRANULE = 8  # rows of a weight
 TILE_COLUMNS = {False: 256, True: 128}  # at most, by whether there are gates
@@ -40,6 +41,7 @@ class FewConfig(NamedTuple):
     columns: int
     slabs: int
     stages: int
+    share: int = 1  # tiles of tokens of a cluster, whose blocks copy weights for each other
 
 
 class Args(ctypes.Structure):
@@ -52,19 +54,31 @@ class Args(ctypes.Structure):
 
 
 @functools.cache
-def few_config(n: int, k: int, tokens: int, is_gated: bool, num_sms: int) -> FewConfig:
-    """Choose tiles for a result of `n` columns that leave the fewest multiprocessors idle."""
+def few_config(n: int, k: int, tokens: int, is_gated: bool, num_sms: int, num_tiles: int = 1) -> FewConfig:
+    """Choose tiles that leave the fewest multiprocessors idle.
+
+    For a result of `n` columns and `num_tiles` times `tokens`: more than one where these are the most that a tile has.
+    """
 
     def cost(columns: int) -> tuple[int, int]:
-        return cdiv(cdiv(n, columns), num_sms) * (columns + ROUND_OVERHEAD), -columns
+        return cdiv(cdiv(n, columns), num_sms // num_tiles) * (columns + ROUND_OVERHEAD), -columns
 
     most = TILE_COLUMNS[is_gated] if n <= MANY_COLUMNS else MANY_TILE_COLUMNS
     columns = min(range(GRANULE, most + 1, GRANULE), key=cost)
     rows = 2 * columns if is_gated else columns
     slabs = max(1, min(MOST_SLABS, STAGE_BYTES // (2 * DEPTH * rows), k // DEPTH))
-    one = FewConfig(columns, slabs, 1)
+    share = 1
+    if tokens > SOME_TOKENS:
+        slabs = min(2, k // DEPTH) if num_tiles > 1 else min(slabs, 2) if rows > 2 * GRANULE else slabs
+        share = num_tiles if slabs % num_tiles == 0 else 1
+    one = FewConfig(columns, slabs, 1, share)
     more = (BLOCK_BYTES - shared_bytes(tokens, one, is_gated)) // (stage_bytes(tokens, one, is_gated) + BARRIER_BYTES)
     return one._replace(stages=min(MOST_STAGES, max(2, 1 + more)))
+
+
+def tile_tokens(num_tokens: int) -> int:
+    """Return how many tokens the tiles have for `num_tokens`."""
+    return next((tokens for tokens in TOKENS if num_tokens <= tokens), TOKENS[-1])
 
 
 def stage_bytes(tokens: int, config: FewConfig, is_gated: bool) -> int:
@@ -82,14 +96,14 @@ def shared_bytes(tokens: int, config: FewConfig, is_gated: bool) -> int:
 def can_few_gemm(
     x: torch.Tensor, weight: torch.Tensor, act: str | None = None, residual: torch.Tensor | None = None
 ) -> bool:
-    """Return whether `few_gemm` takes these, and is faster than `triton_skinny`.
+    """Return whether `few_gemm` takes these, and is faster than others.
 
-    On a Hopper GPU it takes 2 to 32 tokens of 16-bit floats, contiguous, K of 64s. A result of few columns has too few
-    tiles.
+    On a Hopper GPU it takes 2 to 128 tokens of 16-bit floats, contiguous, K of 64s; up to 64 with gates, 32 of a head.
+    A result of few columns has too few tiles.
     """
     n = weight.shape[0] // 2 if act else weight.shape[0]
     return (
-        1 < x.shape[0] <= MOST_TOKENS
+        1 < x.shape[0] <= (SOME_TOKENS if n > MANY_COLUMNS else MOST_TOKENS if act is None else MOST_GATED_TOKENS)
         and is_available(x.device)
         and x.dtype == weight.dtype in (torch.bfloat16, torch.float16)
         and act in ACTS
@@ -133,9 +147,8 @@ def few_gemm(
     elif out is None:
         out = torch.empty(num_tokens, n, dtype=out_dtype or x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype)
-    tokens = max(TOKENS[0], next_power_of_2(num_tokens))
-    is_gated = act is not None
-    config = config or few_config(n, k, tokens, is_gated, num_sms(x.device))
+    tokens, is_gated = tile_tokens(num_tokens), act is not None
+    config = config or few_config(n, k, tokens, is_gated, num_sms(x.device), cdiv(num_tokens, tokens))
     text = source(x.dtype, act, tokens, config)
     if only_compiles():
         compile_ahead(compile_source, "few_gemm", text, ARCHITECTURE)
@@ -150,10 +163,11 @@ def few_gemm(
         is_out_float=out.dtype == torch.float32,
     )
     x_map = tensor_map_of(x.data_ptr(), num_tokens, k, tokens, config.slabs, x.dtype)
-    w_map = tensor_map_of(weight.data_ptr(), num_rows, k, config.columns, config.slabs, x.dtype)
-    num_blocks = min(num_sms(x.device), cdiv(n, config.columns))
+    w_map = tensor_map_of(weight.data_ptr(), num_rows, k, config.columns, config.slabs // config.share, x.dtype)
+    num_tiles = cdiv(n, config.columns) * cdiv(num_tokens, tokens * config.share)
+    num_blocks = min(num_sms(x.device) // config.share, num_tiles) * config.share
     kernel = _kernel(text, x.device)
-    kernel.launch(num_blocks, 1, shared_bytes(tokens, config, is_gated), (x_map, w_map, args), x.device)
+    kernel.launch(num_blocks, config.share, shared_bytes(tokens, config, is_gated), (x_map, w_map, args), x.device)
     return out
 
 
@@ -175,6 +189,7 @@ def source(dtype: torch.dtype, act: str | None, tokens: int, config: FewConfig) 
         "COLUMNS": config.columns,
         "SLABS": config.slabs,
         "STAGES": config.stages,
+        "SHARE": config.share,
         "IS_HALF": int(dtype == torch.float16),
         "WGMMA_TYPE": f'"m64n{config.columns}k16.f32.{short}.{short}"',
         "WGMMA_D": '"' + ", ".join(f"%{i}" for i in range(sums)) + '"',

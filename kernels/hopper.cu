@@ -61,6 +61,15 @@ __device__ __forceinline__ void load3_by_policy(u32 to, const TensorMap* map, in
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy)
       : "memory");
 }
+// For the blocks of the cluster that `mask` has bits of.
+__device__ __forceinline__ void load3_for_all(
+    u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier, u32 mask, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"((unsigned short)mask), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int NUM>

@@ -404,9 +404,12 @@ def some_sources(name: str, kind: Kind, num_rows: int, k: int) -> Iterator[tuple
 
 
 def few_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
-    for tokens in few_gemm.TOKENS:
+    for tokens, tiles in (*((tokens, 1) for tokens in few_gemm.TOKENS), (few_gemm.TOKENS[-1], 2)):
         for num_rows, k, act, _ in PRODUCTS:
-            few = few_gemm.few_config(num_rows // 2 if act else num_rows, k, tokens, act is not None, card.num_sms)
+            if act is not None and tokens * tiles > few_gemm.MOST_GATED_TOKENS:
+                continue
+            n = num_rows // 2 if act else num_rows
+            few = few_gemm.few_config(n, k, tokens, act is not None, card.num_sms, tiles)
             text = few_gemm.source(torch.bfloat16, act, tokens, few)
             yield f"few_gemm {tokens} {few}", text, ARCHITECTURE, few_gemm.shared_bytes(tokens, few, act is not None)
 

@@ -36,9 +36,18 @@ def test_a_block_fits_into_a_multiprocessor(n: int, k: int, tokens: int, is_gate
     assert config.columns % GRANULE == 0 and config.columns <= TILE_COLUMNS[is_gated]
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_two_tiles_of_tokens_share_their_weights(n: int, k: int) -> None:
+    config = few_config(n, k, TOKENS[-1], False, SMS, 2)
+    assert config.stages >= 2 and shared_bytes(TOKENS[-1], config, False) <= HOPPER_SHARED_BYTES
+    assert config.share == (2 if k > 64 else 1), "each copies half of a stage's slabs, if there are two"
+    assert config.slabs % config.share == 0
+
+
 def test_tiles_leave_the_fewest_multiprocessors_idle() -> None:
     assert few_config(6144, 4096, 16, False, SMS).columns == 48  # 128 of 132 busy, once
     assert few_config(4096, 14336, 16, False, SMS).columns == 32
+    assert few_config(6144, 4096, 64, False, SMS, 2).columns == 96, "of two tiles of tokens each has half of them"
     assert few_config(14336, 4096, 16, True, SMS).columns == 112
     assert few_config(151936, 2048, 16, False, SMS).columns <= few.MANY_TILE_COLUMNS, "of a head each has many"
 
@@ -63,7 +72,12 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_few_gemm(x, weight, None, torch.zeros(8, 2048, dtype=BF16))
     assert not can_few_gemm(x, weight, None, torch.zeros(8, 2048)), "it adds to numbers of the same kind"
     assert not can_few_gemm(x, weight, "gelu")
-    assert not can_few_gemm(x[:1], weight) and not can_few_gemm(torch.zeros(33, 64, dtype=BF16), weight)
+    some, many = torch.zeros(few.MOST_TOKENS, 64, dtype=BF16), torch.zeros(few.MOST_TOKENS + 1, 64, dtype=BF16)
+    assert can_few_gemm(some, weight) and not can_few_gemm(some, weight, "silu"), "gate and up have another kernel"
+    assert can_few_gemm(some[: few.MOST_GATED_TOKENS], weight, "silu")
+    head = torch.empty(few.MANY_COLUMNS + 8, 64, dtype=BF16, device="meta")
+    assert can_few_gemm(some[:32], head) and not can_few_gemm(some[:33], head), "of a head cuBLAS takes more"
+    assert not can_few_gemm(x[:1], weight) and not can_few_gemm(many, weight)
     assert not can_few_gemm(x, weight[:512]), "a few tiles leave most multiprocessors idle"
     assert not can_few_gemm(x.float(), weight.float())
     assert not can_few_gemm(torch.zeros(8, 96, dtype=BF16), torch.zeros(2048, 96, dtype=BF16))
@@ -111,10 +125,18 @@ def check(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [2, 5, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("num_tokens", [2, 5, 8, 9, 16, 17, 32, 33, 48, 50, 64])
 def test_the_kernel_equals_its_twin_for_any_number_of_tokens(num_tokens: int) -> None:
     check(num_tokens, 1000, 704)
     check(num_tokens, 1000, 704, act="silu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [65, 72, 96, 127, 128])
+@pytest.mark.parametrize(("n", "k"), [(1000, 704), (6144, 4096), (2048, 4096), (264, 64), (40_000, 128)])
+def test_two_tiles_of_tokens_equal_their_twin(n: int, k: int, num_tokens: int) -> None:
+    check(num_tokens, n, k)
+    check(num_tokens, n, k, has_bias=False, out_dtype=F32)
 
 
 @pytest.mark.gpu
