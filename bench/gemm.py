@@ -5,8 +5,9 @@
 
 Every product of Llama-3-8B and Qwen3-0.6B in the fused form the model uses, in CUDA graphs over copies of the weights
 that together exceed the L2 cache. First each configuration for one token, then whole layers with the best ones for one
-to 64, beside cuBLAS. With --skinny instead the configurations for up to 16 and up to 32 tokens, each judged by the time
-of whole layers: what a kernel takes alone says little of what it leaves to the next one, which begins while it runs.
+to 128, beside cuBLAS. With --skinny instead the configurations for up to 16 and up to 32 tokens, each judged by the
+time of whole layers: what a kernel takes alone says little of what it leaves to the next one, which begins while it
+runs.
 Prints what it finds as a table of `kernels/tuned`; --write puts it into this card's table.
 """
 
@@ -381,13 +382,13 @@ def print_gemv_times(best: dict[Product, tuple[float, GemvConfig]]) -> None:
 
 
 def print_layer_times(deadline: float) -> None:
-    """Print the times of whole layers for one to 64 tokens beside cuBLAS's, of few more after `deadline`."""
+    """Print the times of whole layers for one to 128 tokens beside cuBLAS's, of few more after `deadline`."""
     roofline = measure_roofline()
     print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'of it':>7s}{'cuBLAS':>9s}")
     for model, products in MODELS.items():
         num_layers = num_layers_of(products)
         layer_bytes = sum(product.weight_bytes for product in products[:4])
-        for num_tokens in (1, 2, 3, 4, 8, 16, 24, 32, 64):
+        for num_tokens in (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 96, 128):
             ours = time_layers(products[:4], num_tokens, num_layers)
             no_gated_gemm = mock.patch.object(dense, "can_gated_gemm", lambda x, weight, act: False)
             no_kernels = mock.patch.multiple(dense, _is_gemv=lambda x, weight: False, SKINNY_MAX_TOKENS=0)

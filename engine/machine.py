@@ -16,6 +16,7 @@ from kernels import hopper
 from kernels.attention import choose_backend
 from kernels.card import OLDEST_E4M3, card_of
 from kernels.dense import SKINNY_MAX_TOKENS
+from kernels.few_gemm import MOST_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,9 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
         "flashinfer": "FlashInfer for prompts (as asked), Triton in CUDA graphs and for single tokens (needs no plan)",
         "torch": "torch (as asked; slow, and without CUDA graphs)",
     }
-    products = f"cuBLAS; Triton for up to {SKINNY_MAX_TOKENS} tokens (near the memory's speed)"
+    few = f"Triton for up to {SKINNY_MAX_TOKENS} tokens"
     if hopper.is_available(device):
-        products += "; gate and up by our own kernel (Hopper)"
+        few = f"our own kernels for gate and up, and for up to {MOST_TOKENS} tokens"
         attention["triton"] += "; prompts by our own kernel (Hopper)"
     steps = "CUDA graphs; larger ones by kernel"
     if config.disable_cuda_graph:
@@ -123,7 +124,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
         "kernels by the limits of": card_of(device).describe(),
         "attention": attention[config.attention_backend or "torch"],
         "norms, rope, KV writes": "Triton (one pass each)",
-        "products": products,
+        "products": f"cuBLAS; {few} (near the memory's speed)",
         "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
         "steps": steps,
     }
